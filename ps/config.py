@@ -1,0 +1,339 @@
+"""The part of a job that the parameter server acts on, and how text becomes configuration.
+
+A job is a nested mapping: a YAML file, dotted overrides (`optimizer.lr=1e-3`), defaults. Every
+section is frozen and refuses unknown keys; every error is one line that names the key, the value,
+what is allowed and the nearest right name. The whole job, with the workers' sections, is
+`workers.config.JobConfig`; the coordinator hands it to the other roles as JSON.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from ps.errors import ConfigError
+from ps.types import MAX_SLOTS, WireDtype
+
+Probability = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+def _auto_is_none(value: Any) -> Any:
+    return None if value == "auto" else value
+
+
+#: A number that is computed at the first start when it is `auto` (or left out).
+AutoInt = Annotated[int | None, BeforeValidator(_auto_is_none)]
+
+
+class Section(BaseModel):
+    """A part of a job: frozen, strict about names, finite numbers only."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class ClusterConfig(Section):
+    shards: int = Field(2, ge=1, le=1024)
+    """Shard processes."""
+    workers: int = Field(2, ge=1, le=4096)
+    """Worker processes at the start; more may join and any may leave."""
+    threads_per_shard: int = Field(1, ge=1, le=256)
+    """Kernel threads in each shard. Results do not depend on it."""
+
+
+class BatchConfig(Section):
+    micro_batch_size: int = Field(8, ge=1)
+    """Samples in one forward/backward."""
+    micro_batches_per_step: int = Field(4, ge=1, le=MAX_SLOTS)
+    """G: micro-batches in one optimizer step, over all workers."""
+    contributions_per_step: AutoInt = Field(None, ge=1, le=MAX_SLOTS)
+    """C: units of work in a step. auto: the number of workers at the first start, at most G."""
+
+
+class TrainingConfig(Section):
+    steps: int = Field(600, ge=1)
+    """Optimizer steps of the whole run; the schedule ends here."""
+    stop_at: int | None = Field(None, ge=1)
+    """Checkpoint and stop after this many steps; `windlass resume` goes on."""
+    target_loss: float | None = Field(None, gt=0)
+    """Stop when the held-out loss, in nats per token, is at most this."""
+    step_timeout_s: Positive = 600.0
+    """A contribution that makes no progress for so long is given to somebody else."""
+
+
+class EvaluationConfig(Section):
+    every_steps: int = Field(200, ge=0)
+    """Evaluate the held-out part every so many steps, and at the end; 0: only at the end."""
+    max_sequences: int = Field(256, ge=1)
+    """At most so many held-out sequences, spread evenly over the held-out part."""
+
+
+class LossScaleConfig(Section):
+    """DeepSpeed's dynamic loss scaler; used with FP16 on the wire."""
+
+    static: NonNegative = 0.0
+    """A fixed loss scale; 0: dynamic."""
+    initial_power: int = Field(16, ge=0, le=32)
+    """The dynamic scale starts at 2 to the power of this."""
+    window: int = Field(1000, ge=1)
+    """Steps without overflow before the scale doubles."""
+    hysteresis: int = Field(2, ge=1)
+    """Overflows that are tolerated before the scale halves."""
+    consecutive_hysteresis: bool = False
+    """Refill the hysteresis at every step without overflow."""
+    minimum: Positive = 1.0
+    """The scale never falls below this."""
+
+
+class PrecisionConfig(Section):
+    compute: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    """Forward and backward. auto: FP16 on CUDA, FP32 elsewhere."""
+    wire: WireDtype = WireDtype.FP16
+    """Gradients up and weights down."""
+    accumulate: Literal["fp32", "fp16"] = "fp32"
+    """In what gradients add up over the slots of a contribution; fp16 needs compute=fp16."""
+    loss_scale: LossScaleConfig = LossScaleConfig()
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    """adamw: decoupled decay. adam and sgd: L2 in the gradient."""
+    lr: NonNegative = 1e-3
+    """Peak learning rate."""
+    betas: tuple[Probability, Probability] = (0.9, 0.95)
+    """Adam's decay rates of the first and second moment."""
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.1
+    """For matrices; norms, biases and embeddings have none unless `decay_all`."""
+    decay_all: bool = False
+    """Apply the weight decay to every parameter."""
+    momentum: Probability = 0.9
+    """SGD only."""
+    dampening: NonNegative = 0.0
+    """SGD only; skips the first applied step."""
+    nesterov: bool = False
+    """SGD only; needs a momentum and no dampening."""
+    clip_norm: NonNegative = 1.0
+    """Clip the global gradient norm to this; 0: never."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.name == "sgd" and self.nesterov and (self.momentum == 0 or self.dampening != 0):
+            raise ValueError("nesterov needs momentum > 0 and dampening = 0")
+        return self
+
+
+class ScheduleConfig(Section):
+    name: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup_steps: int = Field(50, ge=0)
+    """Committed steps over which the learning rate rises linearly from 0."""
+    min_ratio: float = Field(0.1, ge=0, le=1)
+    """linear, cosine: the last learning rate, as a part of the peak."""
+
+
+class CheckpointConfig(Section):
+    every_steps: int = Field(0, ge=0)
+    """Write one every so many steps; one is always written at the start and at the end."""
+    keep: int = Field(3, ge=1)
+    """Complete checkpoints that are kept."""
+    dir: Path | None = None
+    """One storage for all shards and the coordinator. Default: RUN/checkpoints."""
+    timeout_s: Positive = 600.0
+    """Writing or loading one may take so long."""
+
+
+class MembershipConfig(Section):
+    lease_s: float = Field(10.0, ge=0.5)
+    """A silent member counts as dead after this."""
+    reconnect_grace_s: NonNegative = 0.3
+    """A worker whose stream broke may be back within this before its work is dealt again."""
+    start_timeout_s: Positive = 120.0
+    """Everybody who is needed for the first step must have come within this."""
+
+
+class TelemetryConfig(Section):
+    metrics: bool = True
+    """Serve Prometheus metrics on a port of its own."""
+    metrics_host: str = "127.0.0.1"
+    """The address that the metrics port binds."""
+
+
+class RunConfig(Section):
+    """What the coordinator and the shards need to know of a job."""
+
+    run_dir: Path = Path("runs/default")
+    """Everything that the run writes."""
+    seed: int = Field(1, ge=0, lt=2**63)
+    """Initial values, order of samples and dropout follow from it."""
+    determinism: Literal["alarm", "strict"] = "alarm"
+    """When a contribution is computed twice with different bits: count and warn, or refuse."""
+    durability: Literal["checkpoint"] = "checkpoint"
+    """What a shard that died comes back from."""
+    cluster: ClusterConfig = ClusterConfig()
+    batch: BatchConfig = BatchConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    membership: MembershipConfig = MembershipConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        contributions = self.batch.contributions_per_step
+        if contributions is not None and contributions > self.batch.micro_batches_per_step:
+            raise ValueError(
+                f"batch.contributions_per_step={contributions} is more than "
+                f"batch.micro_batches_per_step={self.batch.micro_batches_per_step}"
+            )
+        if self.precision.accumulate == "fp16" and self.precision.compute not in ("auto", "fp16"):
+            raise ValueError("precision.accumulate=fp16 needs precision.compute=fp16")
+        return self
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        return self.checkpoint.dir or self.run_dir / "checkpoints"
+
+    @property
+    def contributions(self) -> int:
+        """C: as asked for, or one per worker, at most one per micro-batch."""
+        batch = self.batch
+        return batch.contributions_per_step or min(self.cluster.workers, batch.micro_batches_per_step)
+
+
+Config = TypeVar("Config", bound=Section)
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split `a.b=value`; the value is read as YAML, so lists and numbers look as in a job file."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{text!r} is not of the form key=value, such as optimizer.lr=1e-3")
+    try:
+        return key.strip(), _number(yaml.safe_load(value))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}={value}: not a YAML value: {error}") from None
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as a string; people mean a number."""
+    if isinstance(value, str):
+        try:
+            return float(value) if value.strip().lower().lstrip("+-")[:1].isdigit() else value
+        except ValueError:
+            return value
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _number(item) for key, item in value.items()}
+    return value
+
+
+def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay nested `overrides` over `base`."""
+    merged = dict(base)
+    for key, value in overrides.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def load_mapping(path: Path) -> dict[str, Any]:
+    """Read a job file (YAML or JSON)."""
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no job file {path}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"the job file {path} cannot be read: {' '.join(str(error).split())}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"the job file {path} holds a {type(loaded).__name__}, not a mapping of sections")
+    result: dict[str, Any] = _number(loaded)
+    return result
+
+
+def nest(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Turn dotted keys into a nested mapping; later ones win."""
+    nested: dict[str, Any] = {}
+    for key, value in pairs:
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        nested = merge(nested, value)
+    return nested
+
+
+def validate(model: type[Config], mapping: Mapping[str, Any]) -> Config:
+    """Build a configuration.
+
+    Raises:
+        ConfigError: one line for the first mistake, with the key, the value, what is allowed
+            and, for an unknown key, the nearest right name.
+    """
+    try:
+        return model.model_validate(mapping)
+    except ValidationError as error:
+        raise ConfigError(_explain(model, error)) from None
+
+
+def from_json(model: type[Config], text: str) -> Config:
+    """Read a resolved job, keeping to the sections that `model` has."""
+    try:
+        mapping = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"the resolved job is not JSON: {error}") from None
+    known = {key: value for key, value in mapping.items() if key in model.model_fields}
+    return validate(model, known)
+
+
+def _explain(model: type[Section], error: ValidationError) -> str:
+    details = error.errors(include_url=False)
+    # An unknown key is the most useful thing to hear first: it may explain the rest.
+    first = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        return _unknown_key(model, location)
+    value = first["input"]
+    reason = first["msg"].removeprefix("Value error, ")
+    reason = reason[:1].lower() + reason[1:]
+    if not key:
+        return reason
+    if isinstance(value, Mapping):
+        return f"{key}: {reason}"
+    return f"{key}={value}: {reason}"
+
+
+def _unknown_key(model: type[Section], location: Sequence[str]) -> str:
+    names = field_names(model)
+    key = ".".join(location)
+    section = ".".join(location[:-1])
+    siblings = [name for name in names if name.rpartition(".")[0] == section]
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    near = near or [name for name in names if name.rpartition(".")[2] == location[-1]][:1]
+    hint = f"; did you mean {near[0]}?" if near else ""
+    allowed = ", ".join(siblings) if siblings else "no keys"
+    where = f"{section} has" if section else "a job has"
+    return f"{key} is not a key{hint} ({where}: {allowed})"
+
+
+def field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """All dotted names of a configuration, sections included."""
+    names = []
+    for name, field in model.model_fields.items():
+        names.append(prefix + name)
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                names.extend(field_names(kind, f"{prefix}{name}."))
+    return names
