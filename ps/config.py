@@ -123,6 +123,13 @@ class OptimizerConfig(Section):
     clip_norm: NonNegative = 1.0
     """Clip the global gradient norm to this; 0: never."""
 
+    @property
+    def moment_names(self) -> tuple[str, ...]:
+        """The arrays of optimizer state, one FP32 number per parameter each."""
+        if self.name == "sgd":
+            return ("momentum_buffer",) if self.momentum else ()
+        return ("exp_avg", "exp_avg_sq")
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.name == "sgd" and self.nesterov and (self.momentum == 0 or self.dampening != 0):

@@ -163,8 +163,6 @@ class Decision:
     next_last_overflow: int
     #: Write the state exactly after this decision.
     snapshot: bool
-    #: The run ends (or pauses) after this decision.
-    final: bool
 
     @property
     def version(self) -> int:

@@ -97,7 +97,9 @@ class JobConfig(RunConfig):
     launch: LaunchConfig = LaunchConfig()
 
 
-def load_job(job_file: Path | None, overrides: Sequence[str], base: dict[str, Any] | None = None) -> JobConfig:
+def load_job(
+    job_file: Path | None, overrides: Sequence[str], base: dict[str, Any] | None = None
+) -> JobConfig:
     """Build a job from defaults, a previous job, a file and dotted overrides, in rising order of precedence.
 
     Raises:

@@ -1,0 +1,1 @@
+"""The launcher behind `windlass train`: one coordinator, S shards and W workers on this host."""

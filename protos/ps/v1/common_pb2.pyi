@@ -41,7 +41,7 @@ class GroupScalars(_message.Message):
     def __init__(self, lr: _Optional[float] = ..., weight_decay: _Optional[float] = ...) -> None: ...
 
 class Decision(_message.Message):
-    __slots__ = ("fence", "step", "skip", "applied", "skipped", "loss", "tokens", "gradient_norm", "loss_scale", "gradient_multiplier", "groups", "bias_correction1", "bias_correction2", "next_loss_scale", "next_hysteresis", "next_last_overflow", "snapshot", "final")
+    __slots__ = ("fence", "step", "skip", "applied", "skipped", "loss", "tokens", "gradient_norm", "loss_scale", "gradient_multiplier", "groups", "bias_correction1", "bias_correction2", "next_loss_scale", "next_hysteresis", "next_last_overflow", "snapshot")
     FENCE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     SKIP_FIELD_NUMBER: _ClassVar[int]
@@ -59,7 +59,6 @@ class Decision(_message.Message):
     NEXT_HYSTERESIS_FIELD_NUMBER: _ClassVar[int]
     NEXT_LAST_OVERFLOW_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
-    FINAL_FIELD_NUMBER: _ClassVar[int]
     fence: Fence
     step: int
     skip: bool
@@ -77,8 +76,7 @@ class Decision(_message.Message):
     next_hysteresis: int
     next_last_overflow: int
     snapshot: bool
-    final: bool
-    def __init__(self, fence: _Optional[_Union[Fence, _Mapping]] = ..., step: _Optional[int] = ..., skip: bool = ..., applied: _Optional[int] = ..., skipped: _Optional[int] = ..., loss: _Optional[float] = ..., tokens: _Optional[int] = ..., gradient_norm: _Optional[float] = ..., loss_scale: _Optional[float] = ..., gradient_multiplier: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupScalars, _Mapping]]] = ..., bias_correction1: _Optional[float] = ..., bias_correction2: _Optional[float] = ..., next_loss_scale: _Optional[float] = ..., next_hysteresis: _Optional[int] = ..., next_last_overflow: _Optional[int] = ..., snapshot: bool = ..., final: bool = ...) -> None: ...
+    def __init__(self, fence: _Optional[_Union[Fence, _Mapping]] = ..., step: _Optional[int] = ..., skip: bool = ..., applied: _Optional[int] = ..., skipped: _Optional[int] = ..., loss: _Optional[float] = ..., tokens: _Optional[int] = ..., gradient_norm: _Optional[float] = ..., loss_scale: _Optional[float] = ..., gradient_multiplier: _Optional[float] = ..., groups: _Optional[_Iterable[_Union[GroupScalars, _Mapping]]] = ..., bias_correction1: _Optional[float] = ..., bias_correction2: _Optional[float] = ..., next_loss_scale: _Optional[float] = ..., next_hysteresis: _Optional[int] = ..., next_last_overflow: _Optional[int] = ..., snapshot: bool = ...) -> None: ...
 
 class ContributionReport(_message.Message):
     __slots__ = ("contribution", "loss_sum", "tokens", "rank", "incarnation")

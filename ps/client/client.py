@@ -1,0 +1,326 @@
+"""Push and pull: one worker's side of the step protocol, over any transport.
+
+Owned by one thread, which calls `handle` with every event of the inbox. Everything that was pushed
+can be sent again until the step is decided: `source` encodes it anew, or says that it has to be
+computed again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import xxhash
+
+from ps.client.ledger import Ledger, Pulling
+from ps.client.links import Inbox, Lost, Received, ShardLinks
+from ps.client.transport import Transport
+from ps.errors import FenceNotKnown, MismatchError, NotServing, StaleFence, StepNotOpen, VersionGone, WrongHash
+from ps.sharding import Chunk, Plan, make_plan
+from ps.types import Fence, ParameterTable, WireDtype, slot_range
+from ps.wire import frame
+from ps.wire.messages import Ack, Initialize, Pull, Push, Refused, Unchanged, Weights, Welcome
+
+log = logging.getLogger(__name__)
+
+Array = np.ndarray  # type: ignore[type-arg]
+#: Refusals after which greeting the shard again shows what is to be done.
+_RETRY = (FenceNotKnown, NotServing, StepNotOpen, WrongHash)
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What rides in the header of every chunk of a contribution."""
+
+    step: int
+    index: int
+    loss_scale: float
+    #: Sum over its slots of the micro-batch's mean loss, unscaled.
+    loss_sum: float
+    tokens: int
+
+
+class Source(Protocol):
+    """Where chunks come from and go to: the worker's model."""
+
+    def encode(self, chunk: Chunk, slots: int, room: Array) -> bytes:
+        """Write a chunk of the computed gradient, divided by `slots`, into `room`; returns the presence map."""
+
+    def decode(self, chunk: Chunk, payload: Array) -> None:
+        """Take over the published weights of a chunk."""
+
+    def initial(self, chunk: Chunk, room: Array) -> None:
+        """Write the FP32 initial values of a chunk into `room`."""
+
+
+@dataclass
+class Model:
+    """Which weights the worker holds."""
+
+    version: int = -1
+    applied: int = -1
+
+
+class ParameterClient:
+    """Pushes contributions and pulls versions."""
+
+    def __init__(
+        self, transport: Transport, inbox: Inbox, rank: int, incarnation: int, table: ParameterTable, source: Source
+    ) -> None:
+        self.links = ShardLinks(transport, inbox, rank, incarnation)
+        self.table = table
+        self.source = source
+        self.model = Model()
+        #: Contributions that were computed, are not in the buffer any more, and that a shard lacks.
+        self.recompute: set[int] = set()
+        #: Contributions that every shard holds since the last look.
+        self.completed: list[int] = []
+        self.initialized: set[int] | None = None
+        self._plan: Plan | None = None
+        self._slots = 0
+        self._contributions = 0
+        self._dtype = WireDtype.FP16
+        self._ledger: Ledger | None = None
+        self._pulling: Pulling | None = None
+        self._buffered: Contribution | None = None
+
+    @property
+    def plan(self) -> Plan:
+        assert self._plan is not None, "open comes first"
+        return self._plan
+
+    def open(
+        self,
+        run: str,
+        fence: Fence,
+        plan_digest: str,
+        addresses: list[str],
+        slots: int,
+        contributions: int,
+        dtype: WireDtype,
+    ) -> None:
+        """Serve under a fence: forget what was pushed and pulled under another one.
+
+        Raises:
+            MismatchError: the coordinator's plan is not the one that follows from this worker's table.
+        """
+        if self._plan is None or self._plan.num_shards != len(addresses):
+            self._plan = make_plan(self.table, len(addresses))
+        if plan_digest != self._plan.digest:
+            raise MismatchError(
+                f"the coordinator's plan {plan_digest[:12]} is not the {self._plan.digest[:12]} that follows from "
+                "this worker's parameters: their versions of windlass differ"
+            )
+        self._slots, self._contributions, self._dtype = slots, contributions, dtype
+        self._ledger = Ledger(self._plan)
+        self._pulling = None
+        self._buffered = None
+        self.recompute = set()
+        self.completed = []
+        self.initialized = None
+        self.model = Model()
+        self.links.open(run, self._plan.digest, fence, addresses)
+
+    def close(self) -> None:
+        self.links.close()
+
+    # -- Push -----------------------------------------------------------------------------------
+
+    def begin_step(self, step: int) -> None:
+        """Everything that was pushed for earlier steps is decided."""
+        assert self._ledger is not None
+        if self._ledger.step != step:
+            self._ledger.begin(step)
+            self._buffered = None
+            self.recompute = set()
+
+    def push(self, contribution: Contribution) -> None:
+        """Push a contribution whose gradient `source` holds now; it holds it until the next one."""
+        assert self._ledger is not None
+        self._buffered = contribution
+        self.recompute.discard(contribution.index)
+        if contribution.index not in self._ledger.unacknowledged:
+            self._ledger.computed(contribution.index)
+        wanted = self._ledger.unacknowledged[contribution.index]
+        for chunk in self.plan.chunks:
+            if chunk.index in wanted:
+                self._push_chunk(contribution, chunk)
+
+    def forget_buffer(self) -> None:
+        """The gradient buffer is about to be overwritten: what is missing later must be computed again."""
+        self._buffered = None
+
+    def _push_chunk(self, contribution: Contribution, chunk: Chunk) -> None:
+        slots = len(slot_range(contribution.index, self._contributions, self._slots))
+        # Hash and presence map have a fixed length, so the frame is laid out before they are known.
+        blank = self._push_header(contribution, chunk, slots, bytes(8), bytes(chunk.presence_bytes))
+        draft = frame.Draft(blank.pack(), self._dtype.numpy, chunk.size)
+        present = self.source.encode(chunk, slots, draft.payload)
+        header = self._push_header(contribution, chunk, slots, xxhash.xxh3_64_digest(draft.payload), present)
+        draft.rewrite(header.pack())
+        self.links.send(chunk.shard, draft.data)
+
+    def _push_header(self, contribution: Contribution, chunk: Chunk, slots: int, digest: bytes, present: bytes) -> Push:
+        return Push(
+            **self.links.identity(),
+            step=contribution.step,
+            contribution=contribution.index,
+            chunk=chunk.index,
+            slots=slots,
+            loss_scale=contribution.loss_scale,
+            dtype=str(self._dtype),
+            hash=digest,
+            present=present,
+            loss_sum=contribution.loss_sum,
+            tokens=contribution.tokens,
+        )
+
+    def initialize(self) -> None:
+        """Send the initial values of every chunk."""
+        self.initialized = set()
+        for shard in range(self.plan.num_shards):
+            self._initialize_shard(shard)
+
+    def _initialize_shard(self, shard: int) -> None:
+        for chunk in self.plan.chunks_of(shard):
+            room = np.zeros(chunk.size, np.float32)
+            self.source.initial(chunk, room)
+            header = Initialize(**self.links.identity(), chunk=chunk.index, hash=xxhash.xxh3_64_digest(room))
+            self.links.send(shard, frame.encode(header.pack(), room))
+
+    # -- Pull -----------------------------------------------------------------------------------
+
+    def pull(self, version: int, applied: int) -> None:
+        """Ask all shards for a version; `model.version` says when it is there. Idempotent.
+
+        Args:
+            applied: the committed steps in that version; for a version that is not decided yet, one
+                more than in the present one (after a skip the answer is that nothing changed).
+        """
+        if self.model.version == version or (self._pulling is not None and self._pulling.version == version):
+            return
+        self._pulling = Pulling(self.plan, version, self.model.applied, applied)
+        for shard in range(self.plan.num_shards):
+            self._ask(shard)
+
+    def _ask(self, shard: int) -> None:
+        assert self._pulling is not None
+        pull = Pull(**self.links.identity(), version=self._pulling.version, applied=self._pulling.held)
+        self.links.send(shard, frame.encode(pull.pack()))
+
+    @property
+    def is_torn(self) -> bool:
+        """Weights of the next version are arriving: the open step is decided, the model cannot be used."""
+        return self._pulling is not None and self._pulling.torn
+
+    # -- Events ---------------------------------------------------------------------------------
+
+    def handle(self, event: Received | Lost) -> None:
+        """Take one event of a shard.
+
+        Raises:
+            Refusal: a shard refused a frame for a reason that sending it again cannot mend.
+        """
+        if isinstance(event, Lost):
+            log.info("lost shard %d: %s", event.shard, event.reason)
+            self.links.lost(event.shard)
+            return
+        try:
+            _HANDLERS[type(event.header)](self, event)
+        finally:
+            self.links.done(event)
+
+    def _welcome(self, event: Received) -> None:
+        header: Any = event.header
+        self.links.welcomed(event.shard)
+        if Fence(header.term, header.epoch) != self.links.fence or self._ledger is None:
+            return
+        if self.initialized is not None:
+            self._initialize_shard(event.shard)
+        if self._pulling is not None and self._pulling.remaining[event.shard]:
+            self._ask(event.shard)
+        if header.step != self._ledger.step:
+            return
+        held = {contribution: _chunks(bitmap, self.plan, event.shard) for contribution, bitmap in header.held}
+        for contribution, chunks in self._ledger.missing_at(event.shard, held).items():
+            self._push_again(contribution, chunks)
+        for contribution in list(self._ledger.unacknowledged):
+            self._note_complete(contribution)
+
+    def _push_again(self, contribution: int, chunks: list[int]) -> None:
+        buffered = self._buffered
+        if buffered is None or buffered.index != contribution:
+            self.recompute.add(contribution)
+            return
+        for index in chunks:
+            self._push_chunk(buffered, self.plan.chunks[index])
+
+    def _ack(self, event: Received) -> None:
+        header: Any = event.header
+        if header.contribution == -1:
+            if self.initialized is not None:
+                self.initialized.add(header.chunk)
+                if len(self.initialized) == len(self.plan.chunks):
+                    self.initialized = None
+        elif self._ledger is not None and self._ledger.acknowledged(header.step, header.contribution, header.chunk):
+            self._note_complete(header.contribution)
+
+    def _note_complete(self, contribution: int) -> None:
+        assert self._ledger is not None
+        if self._ledger.complete(contribution):
+            self.recompute.discard(contribution)
+            if contribution not in self.completed:
+                self.completed.append(contribution)
+
+    def _weights(self, event: Received) -> None:
+        header: Any = event.header
+        pulling = self._pulling
+        if pulling is None or not pulling.chunk(event.shard, header.chunk, header.applied):
+            return
+        chunk = self.plan.chunks[header.chunk]
+        self.model = Model()
+        self.source.decode(chunk, np.frombuffer(event.payload, self._dtype.numpy))
+        self._note_pulled(pulling)
+
+    def _unchanged(self, event: Received) -> None:
+        header: Any = event.header
+        pulling = self._pulling
+        if pulling is not None and header.version == pulling.version and pulling.same(event.shard, header.applied):
+            self._note_pulled(pulling)
+
+    def _note_pulled(self, pulling: Pulling) -> None:
+        if pulling.complete:
+            self.model = Model(pulling.version, pulling.applied if pulling.started else pulling.held)
+            self._pulling = None
+
+    def _refused(self, event: Received) -> None:
+        header: Any = event.header
+        error = header.error()
+        if isinstance(error, StaleFence):
+            log.info("shard %d moved on: %s", event.shard, error.message)
+        elif isinstance(error, VersionGone):
+            # The next deal names a newer version.
+            self._pulling = None
+        elif isinstance(error, _RETRY):
+            log.info("shard %d: %s", event.shard, error.message)
+            self.links.retry(event.shard)
+        else:
+            raise error
+
+
+_HANDLERS: dict[type, Callable[[ParameterClient, Received], None]] = {
+    Welcome: ParameterClient._welcome,
+    Ack: ParameterClient._ack,
+    Weights: ParameterClient._weights,
+    Unchanged: ParameterClient._unchanged,
+    Refused: ParameterClient._refused,
+}
+
+
+def _chunks(bitmap: bytes, plan: Plan, shard: int) -> set[int]:
+    """The chunks that a shard's bitmap names."""
+    bits = int.from_bytes(bitmap, "little")
+    return {chunk.index for position, chunk in enumerate(plan.chunks_of(shard)) if bits >> position & 1}

@@ -1,0 +1,73 @@
+"""Frames over one bidirectional gRPC stream per (worker, shard), as raw bytes."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+
+import grpc
+
+from ps.client.transport import SEND_WINDOW, OnClose, OnFrame
+from ps.wire.options import open_channel
+from ps.wire.status import error_of
+
+METHOD = "/windlass.ps.v1.Shard/Exchange"
+#: How often a blocked `send` looks whether the stream is still there.
+_POLL_S = 0.1
+
+
+class GrpcTransport:
+    """Opens one channel per connection."""
+
+    def connect(self, address: str, on_frame: OnFrame, on_close: OnClose) -> GrpcConnection:
+        return GrpcConnection(address, on_frame, on_close)
+
+
+class GrpcConnection:
+    """One open stream; two threads: gRPC's own for sending, ours for receiving."""
+
+    def __init__(self, address: str, on_frame: OnFrame, on_close: OnClose) -> None:
+        self._address = address
+        self._on_frame = on_frame
+        self._on_close = on_close
+        self._closed = threading.Event()
+        self._outgoing: queue.Queue[bytes | None] = queue.Queue(SEND_WINDOW)
+        self._channel = open_channel(address)
+        self._call = self._channel.stream_stream(METHOD)(self._frames())
+        self._thread = threading.Thread(target=self._receive, name=f"stream {address}", daemon=True)
+        self._thread.start()
+
+    def send(self, frame: bytes) -> None:
+        while not self._closed.is_set():
+            try:
+                self._outgoing.put(frame, timeout=_POLL_S)
+            except queue.Full:
+                continue
+            return
+
+    def close(self) -> None:
+        self._closed.set()
+        self._call.cancel()
+
+    def _frames(self) -> Iterator[bytes]:
+        while not self._closed.is_set():
+            try:
+                frame = self._outgoing.get(timeout=_POLL_S)
+            except queue.Empty:
+                continue
+            if frame is None:
+                return
+            yield frame
+
+    def _receive(self) -> None:
+        reason = "the shard ended the stream"
+        try:
+            for frame in self._call:
+                self._on_frame(frame)
+        except grpc.RpcError as failure:
+            reason = error_of(failure, f"the stream to {self._address}").message
+        finally:
+            self._closed.set()
+            self._channel.close()
+            self._on_close(reason)

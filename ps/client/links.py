@@ -1,0 +1,205 @@
+"""The streams of one worker to all shards: opened, greeted, reopened when they break.
+
+Everything that happens is an event in one inbox; the owner's single thread takes them one by one.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from ps.client.transport import Connection, Transport
+from ps.errors import MalformedFrame
+from ps.telemetry.metrics import RECEIVED_BYTES, SENT_BYTES
+from ps.types import Fence
+from ps.wire import frame
+from ps.wire.messages import Header, Hello, Weights, parse_to_worker
+
+log = logging.getLogger(__name__)
+
+#: Received chunks of one shard that may wait in the inbox; beyond that its stream is not read.
+RECEIVE_WINDOW = 4
+#: Waiting times between two attempts to reach a shard, in seconds.
+BACKOFF_S = (0.05, 0.1, 0.2)
+
+
+@dataclass(frozen=True)
+class Received:
+    """A frame from a shard."""
+
+    shard: int
+    header: Header
+    payload: memoryview
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A stream broke; it is being reopened."""
+
+    shard: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Said:
+    """The coordinator's session said something."""
+
+    message: Any
+
+
+Event = Received | Lost | Said
+
+
+class Inbox:
+    """Events from all threads, for one."""
+
+    def __init__(self) -> None:
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+
+    def put(self, event: Event) -> None:
+        self._events.put(event)
+
+    def get(self, timeout_s: float) -> Event | None:
+        """The next event, or None when there is none in time."""
+        try:
+            return self._events.get(timeout=timeout_s) if timeout_s > 0 else self._events.get_nowait()
+        except queue.Empty:
+            return None
+
+
+@dataclass
+class _Link:
+    address: str
+    connection: Connection | None = None
+    #: Counts connections, so that a closed one's last words are not taken for the present one's.
+    life: int = 0
+    attempts: int = 0
+    #: When to greet again, by the monotonic clock; None: nothing is due.
+    retry_at: float | None = None
+    window: threading.Semaphore | None = None
+
+
+class ShardLinks:
+    """One stream per shard. Owned by one thread; only the inbox is shared."""
+
+    def __init__(self, transport: Transport, inbox: Inbox, rank: int, incarnation: int) -> None:
+        self._transport = transport
+        self._inbox = inbox
+        self._rank = rank
+        self._incarnation = incarnation
+        self._links: dict[int, _Link] = {}
+        self.run = ""
+        self.plan_digest = ""
+        self.fence = Fence(0, 0)
+
+    def open(self, run: str, plan_digest: str, fence: Fence, addresses: list[str]) -> None:
+        """Greet every shard under a fence, over its present stream if its address is the same."""
+        self.run, self.plan_digest, self.fence = run, plan_digest, fence
+        for shard, address in enumerate(addresses):
+            link = self._links.get(shard)
+            if link is None or link.address != address:
+                if link is not None and link.connection is not None:
+                    link.connection.close()
+                self._links[shard] = link = _Link(address, life=link.life if link is not None else 0)
+            self._greet(shard, link)
+
+    def close(self) -> None:
+        for link in self._links.values():
+            link.life += 1
+            if link.connection is not None:
+                link.connection.close()
+
+    def identity(self) -> dict[str, Any]:
+        """The fields with which every frame of this worker begins."""
+        return {
+            "run": self.run,
+            "term": self.fence.term,
+            "epoch": self.fence.epoch,
+            "rank": self._rank,
+            "incarnation": self._incarnation,
+        }
+
+    def send(self, shard: int, encoded: bytes) -> None:
+        """Send a frame; it is dropped while the stream is down."""
+        connection = self._links[shard].connection
+        if connection is not None:
+            SENT_BYTES.inc(len(encoded))
+            connection.send(encoded)
+
+    def done(self, received: Received) -> None:
+        """A received chunk has been used: the next one may be read."""
+        window = self._links[received.shard].window
+        if window is not None and isinstance(received.header, Weights):
+            window.release()
+
+    def retry(self, shard: int) -> None:
+        """Greet a shard again, soon: it could not serve, or the stream broke."""
+        link = self._links[shard]
+        if link.retry_at is None:
+            link.retry_at = time.monotonic() + BACKOFF_S[min(link.attempts, len(BACKOFF_S) - 1)]
+            link.attempts += 1
+
+    def welcomed(self, shard: int) -> None:
+        """A shard answered: the next failure is retried quickly again."""
+        self._links[shard].attempts = 0
+
+    def lost(self, shard: int) -> None:
+        """Forget a broken stream."""
+        self._links[shard].connection = None
+        self.retry(shard)
+
+    def tick(self) -> float:
+        """Do what is due; returns the seconds until something is, at most 1."""
+        now = time.monotonic()
+        soonest = now + 1.0
+        for shard, link in self._links.items():
+            if link.retry_at is not None:
+                if link.retry_at <= now:
+                    self._greet(shard, link)
+                else:
+                    soonest = min(soonest, link.retry_at)
+        return max(0.0, soonest - now)
+
+    def _greet(self, shard: int, link: _Link) -> None:
+        link.retry_at = None
+        if link.connection is None:
+            self._connect(shard, link)
+        self.send(shard, frame.encode(Hello(**self.identity(), plan=self.plan_digest).pack()))
+
+    def _connect(self, shard: int, link: _Link) -> None:
+        link.life += 1
+        life = link.life
+        link.window = window = threading.Semaphore(RECEIVE_WINDOW)
+
+        def on_frame(data: bytes) -> None:
+            RECEIVED_BYTES.inc(len(data))
+            fields, payload = frame.decode(data)
+            header = parse_to_worker(fields)
+            if isinstance(header, Weights):
+                while not window.acquire(timeout=1.0):
+                    if link.life != life:
+                        return
+            if link.life == life:
+                self._inbox.put(Received(shard, header, payload))
+
+        def on_close(reason: str) -> None:
+            if link.life == life:
+                self._inbox.put(Lost(shard, reason))
+
+        link.connection = self._transport.connect(link.address, _checked(on_frame), on_close)
+
+
+def _checked(on_frame: Any) -> Any:
+    """A frame that is none must end the stream, not the thread that reads it, silently."""
+
+    def checked(data: bytes) -> None:
+        try:
+            on_frame(data)
+        except MalformedFrame as error:
+            log.error("dropped a frame from a shard: %s", error.message)
+
+    return checked

@@ -1,0 +1,40 @@
+"""How frames travel between a worker and a shard: one interface, several ways.
+
+Ordering: frames of one connection arrive in the order in which they were sent, in both directions.
+Delivery: at most once; after `on_close` nothing more arrives, and what was sent may be lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+#: Frames that wait to be sent on one connection, at most; `send` blocks beyond that.
+SEND_WINDOW = 4
+
+OnFrame = Callable[[bytes], None]
+OnClose = Callable[[str], None]
+
+
+class Connection(Protocol):
+    """One open stream to one shard."""
+
+    def send(self, frame: bytes) -> None:
+        """Queue a frame, waiting while too many are queued. Silently drops it once the stream is closed."""
+
+    def close(self) -> None:
+        """End the stream; `on_close` is called if it was not yet. Idempotent."""
+
+
+class Transport(Protocol):
+    """Opens connections."""
+
+    def connect(self, address: str, on_frame: OnFrame, on_close: OnClose) -> Connection:
+        """Open a stream. Never blocks for the peer: what fails is told by `on_close`.
+
+        Args:
+            address: host:port of the shard.
+            on_frame: called with each frame, in order, from a thread of the transport. While it
+                blocks, nothing more is read: that is the flow control.
+            on_close: called once, with the reason, after the last frame.
+        """

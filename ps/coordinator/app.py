@@ -1,0 +1,202 @@
+"""The coordinator process: journal, loop, server; the way in and the way out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+from protos.ps.v1 import coordinator_pb2 as pb
+from protos.ps.v1 import coordinator_pb2_grpc as pb_grpc
+from ps.config import RunConfig
+from ps.coordinator import metrics
+from ps.coordinator.decision import TrainingState
+from ps.coordinator.effects import Effects
+from ps.coordinator.history import History
+from ps.coordinator.loop import Loop
+from ps.coordinator.loss_scaler import LossScaler
+from ps.coordinator.machine import Machine, Phase
+from ps.coordinator.members import MemberState
+from ps.coordinator.recorder import Recorder
+from ps.coordinator.recovery import Candidate
+from ps.coordinator.service import SERVICE, CoordinatorServicer, Sessions
+from ps.errors import PsError, StorageError
+from ps.storage import layout
+from ps.storage.journal import Journal
+from ps.storage.manifest import Manifest, read_manifest
+from ps.telemetry.exporter import serve_metrics
+from ps.types import Role
+from ps.wire.health import Health, enable_reflection
+from ps.wire.options import bind, make_server, reachable
+
+log = logging.getLogger(__name__)
+
+#: Threads of the server: two wait in each session.
+MAX_SESSIONS = 512
+#: How long members may take to hear that the run is over.
+END_S = 5.0
+WAIT_LOG_S = 10.0
+
+
+class CoordinatorApp:
+    """One coordinator process."""
+
+    def __init__(self, config: RunConfig, job_json: str, listen: str) -> None:
+        self._config = config
+        self._ended = threading.Event()
+        self._outcome: tuple[bool, str] = (True, "")
+        self._waited = (0.0, "")
+        self._server = make_server(MAX_SESSIONS)
+        port = bind(self._server, listen)
+        self._journal = Journal.open(config.run_dir / "journal")
+        try:
+            history = self._open_history()
+            candidates, rejected = _candidates(config.checkpoint_dir)
+            term = self._journal.begin_term()
+            self._name_run(history)
+            self._machine = Machine(config, history, candidates, rejected, term, time.monotonic())
+        except BaseException:
+            self._journal.close()
+            raise
+        self._sessions = Sessions()
+        self._loop = Loop(self._after_each, self._failed)
+        self._recorder = Recorder(config.run_dir, history.run)
+        self._self = MemberState(
+            Role.COORDINATOR,
+            0,
+            0,
+            os.getpid(),
+            socket.gethostname(),
+            f"{reachable(listen)}:{port}",
+            serve_metrics(f"{config.telemetry.metrics_host}:0") if config.telemetry.metrics else "",
+        )
+        self._effects = Effects(
+            self._machine, self._loop, self._sessions, self._journal, self._recorder, self._self, job_json, self._end
+        )
+        self._health = Health(self._server, SERVICE)
+        enable_reflection(self._server, [pb.DESCRIPTOR.services_by_name["Coordinator"].full_name])
+        servicer = CoordinatorServicer(self._loop, self._machine, self._sessions, history.run, job_json)
+        pb_grpc.add_CoordinatorServicer_to_server(servicer, self._server)
+
+    def _open_history(self) -> History:
+        """The run's name and C are drawn once, and journaled."""
+        first = next((r for r in self._journal.records if r["type"] == "run"), None)
+        if first is not None:
+            return History(first["run"], first["contributions"], self._journal.records)
+        return History("", self._config.contributions, self._journal.records)
+
+    def _name_run(self, history: History) -> None:
+        if not history.run:
+            history.run = secrets.token_hex(8)
+            record = {"type": "run", "run": history.run, "contributions": history.contributions}
+            self._journal.append(record, sync=True)
+
+    def run(self) -> int:
+        """Coordinate until the end of the run; returns the exit code.
+
+        Raises:
+            PsError: why the run could not go on.
+        """
+        try:
+            self._effects.members_changed()
+            self._loop.start()
+            self._server.start()
+            self._health.serving()
+            log.info("listening on %s, term %d", self._self.address, self._machine.fence.term)
+            self._ended.wait()
+            self._say_goodbye()
+        finally:
+            self._health.not_serving()
+            self._loop.stop()
+            self._server.stop(grace=0.5).wait(5.0)
+            self._effects.close()
+            self._journal.close()
+        ok, reason = self._outcome
+        if not ok:
+            raise PsError(reason)
+        log.info("%s", reason)
+        return 0
+
+    def stop(self, reason: str) -> None:
+        """Have the state saved and the run end."""
+        self._loop.post(lambda _: self._machine.stop(reason))
+
+    def _say_goodbye(self) -> None:
+        ok, reason = self._outcome
+        self._sessions.end_all(ok, reason)
+        deadline = time.monotonic() + END_S
+        while len(self._sessions) and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    # -- On the loop's thread -------------------------------------------------------------------
+
+    def _after_each(self, now: float) -> None:
+        self._machine.advance(now)
+        self._effects.carry_out(self._machine.drain())
+        self._export(now)
+
+    def _export(self, now: float) -> None:
+        machine = self._machine
+        metrics.WORKERS_LIVE.set(len(machine.members.live_workers()))
+        metrics.SHARDS_LIVE.set(machine.config.cluster.shards - len(machine.members.missing_shards()))
+        metrics.EPOCH.set(machine.fence.epoch)
+        metrics.TERM.set(machine.fence.term)
+        metrics.LOSS_SCALE.set(machine.state.scaler.scale)
+        since, version = self._waited[0], str(machine.state.version)
+        if version != self._waited[1] or machine.phase is Phase.ENDED:
+            self._waited = (now, version)
+        elif now - since > WAIT_LOG_S:
+            self._waited = (now, version)
+            waiting = machine.waiting_for(now)
+            if waiting:
+                log.info("%s", waiting)
+
+    def _end(self, ok: bool, reason: str) -> None:
+        self._outcome = (ok, reason)
+        self._ended.set()
+
+    def _failed(self, error: BaseException) -> None:
+        self._end(False, error.message if isinstance(error, PsError) else f"the coordinator failed: {error}")
+
+
+def _candidates(checkpoint_dir: Path) -> tuple[list[Candidate], list[str]]:
+    """The complete checkpoints, and the names of those whose manifest is damaged."""
+    found, rejected = [], []
+    for folder in layout.checkpoints(checkpoint_dir):
+        try:
+            manifest, digest = read_manifest(folder)
+        except StorageError as error:
+            log.error("%s", error.message)
+            rejected.append(folder.name)
+            continue
+        found.append(Candidate(folder.name, digest, state_of(manifest)))
+    return found, rejected
+
+
+def state_of(manifest: Manifest) -> TrainingState:
+    """The training state that a checkpoint holds."""
+    scaler = LossScaler(manifest.scaler.scale, manifest.scaler.hysteresis, manifest.scaler.last_overflow)
+    return TrainingState(manifest.version, manifest.applied, manifest.skipped, scaler)
+
+
+def run(config: RunConfig, job_json: str, listen: str) -> int:
+    """Run the coordinator until the end of the run; returns the exit code.
+
+    Args:
+        config: what the coordinator acts on of the job.
+        job_json: the whole resolved job, which it hands to the other roles.
+        listen: host:port; port 0 takes any.
+
+    Raises:
+        PsError: why it could not start, or why the run could not go on; one line.
+    """
+    app = CoordinatorApp(config, job_json, listen)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        name = signal.Signals(number).name
+        signal.signal(number, lambda *_, name=name: app.stop(f"asked to stop ({name})"))
+    return app.run()

@@ -1,0 +1,74 @@
+"""Who computes which contribution. Only a plan of work: it never enters the accounting.
+
+Works for contributions of a step and for parts of an evaluation alike: numbered units of work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Dealing:
+    """Units 0..count-1 of one piece of work, their owners, and which are done."""
+
+    count: int
+    owner: dict[int, int] = field(default_factory=dict)
+    dealt_at: dict[int, float] = field(default_factory=dict)
+    done: set[int] = field(default_factory=set)
+
+    def deal(self, ranks: Sequence[int], now: float) -> dict[int, list[int]]:
+        """Give every unit that nobody has to the least busy worker; returns what is new, by rank.
+
+        With nothing dealt yet, neighbours go to the same worker and shares differ by at most one.
+        """
+        free = [unit for unit in range(self.count) if unit not in self.owner and unit not in self.done]
+        if not ranks or not free:
+            return {}
+        load = dict.fromkeys(ranks, 0)
+        for unit, rank in self.owner.items():
+            if rank in load and unit not in self.done:
+                load[rank] += 1
+        shares = dict.fromkeys(ranks, 0)
+        for _ in free:
+            rank = min(ranks, key=lambda candidate: (load[candidate] + shares[candidate], candidate))
+            shares[rank] += 1
+        dealt: dict[int, list[int]] = {}
+        remaining = iter(free)
+        for rank in sorted(ranks):
+            units = [next(remaining) for _ in range(shares[rank])]
+            for unit in units:
+                self.owner[unit] = rank
+                self.dealt_at[unit] = now
+            if units:
+                dealt[rank] = units
+        return dealt
+
+    def finish(self, unit: int) -> None:
+        """Note that a unit is done, by whoever did it."""
+        if 0 <= unit < self.count:
+            self.done.add(unit)
+
+    def lose(self, rank: int) -> list[int]:
+        """Take back what a worker had not finished."""
+        return self._release(unit for unit, owner in self.owner.items() if owner == rank)
+
+    def overdue(self, now: float, timeout_s: float) -> list[int]:
+        """Take back what has made no progress for too long."""
+        return self._release(unit for unit, at in self.dealt_at.items() if now - at > timeout_s)
+
+    def outstanding(self, rank: int) -> list[int]:
+        """What a worker has been dealt and has not finished, in order."""
+        return sorted(unit for unit, owner in self.owner.items() if owner == rank and unit not in self.done)
+
+    @property
+    def complete(self) -> bool:
+        return len(self.done) == self.count
+
+    def _release(self, units: Iterable[int]) -> list[int]:
+        released = sorted(unit for unit in units if unit not in self.done)
+        for unit in released:
+            self.owner.pop(unit, None)
+            self.dealt_at.pop(unit, None)
+        return released

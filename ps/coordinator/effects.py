@@ -1,0 +1,281 @@
+"""Carries out what the state machine asks for: journal first, then everything else, in order."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from importlib.metadata import version as distribution_version
+
+import grpc
+
+from protos.ps.v1 import coordinator_pb2 as pb
+from protos.ps.v1 import shard_pb2, shard_pb2_grpc
+from ps.coordinator import actions, metrics
+from ps.coordinator.loop import Loop
+from ps.coordinator.machine import Machine
+from ps.coordinator.members import MemberState
+from ps.coordinator.recorder import Recorder
+from ps.coordinator.recovery import Candidate, Inspection
+from ps.coordinator.service import Sessions
+from ps.coordinator.status import member_message
+from ps.errors import (
+    CheckpointWriteFailed,
+    ConfigError,
+    MismatchError,
+    StorageError,
+)
+from ps.sharding import make_plan
+from ps.storage import layout, storage_proof
+from ps.storage.files import sweep
+from ps.storage.journal import Journal
+from ps.storage.manifest import Manifest, ScalerState, write_manifest
+from ps.storage.shard_file import ShardFile
+from ps.types import Decision, Role
+from ps.wire.options import open_channel
+from ps.wire.proto import from_proto, to_proto
+from ps.wire.status import error_of
+
+log = logging.getLogger(__name__)
+
+_ACTION = {
+    actions.Control.INSPECT: shard_pb2.ConfigureRequest.INSPECT,
+    actions.Control.LOAD: shard_pb2.ConfigureRequest.LOAD,
+    actions.Control.SERVE: shard_pb2.ConfigureRequest.SERVE,
+}
+
+
+class Effects:
+    """The coordinator's hands. `carry_out` runs on the loop's thread; slow work does not."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        loop: Loop,
+        sessions: Sessions,
+        journal: Journal,
+        recorder: Recorder,
+        myself: MemberState,
+        job_json: str,
+        on_end: Callable[[bool, str], None],
+    ) -> None:
+        self._machine = machine
+        self._loop = loop
+        self._sessions = sessions
+        self._journal = journal
+        self._recorder = recorder
+        self._self = myself
+        self._job_json = job_json
+        self._on_end = on_end
+        self._nonce: tuple[str, str] | None = None
+        self._pool = ThreadPoolExecutor(min(32, machine.config.cluster.shards + 1), thread_name_prefix="effect")
+        self._do: dict[type, Callable[..., None]] = {
+            actions.Configure: self._configure,
+            actions.Journal: self._append,
+            actions.TellDecision: self._tell_decision,
+            actions.TellSnapshot: self._tell_snapshot,
+            actions.TellCluster: self._tell_cluster,
+            actions.TellDeal: self._tell_deal,
+            actions.PrepareCheckpoint: self._prepare_checkpoint,
+            actions.WriteManifest: self._write_manifest,
+            actions.Record: self._record,
+            actions.Rewind: self._rewind,
+            actions.MembersChanged: self._members_changed,
+            actions.End: self._end,
+        }
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._nonce is not None:
+            storage_proof.remove_nonce(self._machine.config.checkpoint_dir, self._nonce[0])
+
+    def carry_out(self, wanted: Iterable[actions.Action]) -> None:
+        """Do these, in order."""
+        for action in wanted:
+            self._do[type(action)](action)
+
+    # -- Disk -----------------------------------------------------------------------------------
+
+    def _append(self, action: actions.Journal) -> None:
+        self._journal.append(action.record, sync=action.sync)
+
+    def _record(self, action: actions.Record) -> None:
+        self._recorder.record(action.line)
+        _export(action.line)
+
+    def _rewind(self, action: actions.Rewind) -> None:
+        self._recorder.rewind(action.version)
+
+    def members_changed(self) -> None:
+        """Write cluster.json and targets.json."""
+        members = self._machine.members
+        there = [m for role in (Role.SHARD, Role.WORKER) for m in members.of(role) if m.connected or m.live]
+        self._recorder.members([self._self, *there])
+
+    def _members_changed(self, _action: actions.MembersChanged) -> None:
+        self.members_changed()
+
+    def _prepare_checkpoint(self, action: actions.PrepareCheckpoint) -> None:
+        try:
+            layout.prepare(self._machine.config.checkpoint_dir, action.version)
+        except CheckpointWriteFailed as error:
+            # The shards will fail to write there as well, and that is what is counted.
+            log.error("%s", error.message)
+
+    def _write_manifest(self, action: actions.WriteManifest) -> None:
+        machine, state = self._machine, action.state
+        table = machine.history.table
+        assert table is not None, "nothing is saved before there is a model"
+        evaluation = machine.history.evaluations.get(state.version)
+        manifest = Manifest(
+            version=state.version,
+            applied=state.applied,
+            skipped=state.skipped,
+            run_id=machine.history.run,
+            contributions=machine.history.contributions,
+            scaler=ScalerState(state.scaler.scale, state.scaler.hysteresis, state.scaler.last_overflow),
+            table=table,
+            num_shards=machine.config.cluster.shards,
+            plan_digest=make_plan(table, machine.config.cluster.shards).digest,
+            moments=machine.config.optimizer.moment_names,
+            files=tuple(ShardFile(*file) for file in action.files),
+            job=json.loads(self._job_json),
+            evaluation=evaluation["loss"] if evaluation else None,
+            windlass_version=distribution_version("windlass"),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        self._pool.submit(self._complete_checkpoint, manifest, action)
+
+    def _complete_checkpoint(self, manifest: Manifest, action: actions.WriteManifest) -> None:
+        directory = self._machine.config.checkpoint_dir
+        folder = layout.checkpoint_folder(directory, manifest.version)
+        candidate, text = None, ""
+        try:
+            candidate = Candidate(folder.name, write_manifest(folder, manifest), action.state)
+            metrics.CHECKPOINT_VERSION.set(manifest.version)
+            metrics.CHECKPOINT_TIME.set(time.time())
+            layout.retain(directory, self._machine.config.checkpoint.keep)
+        except StorageError as error:
+            text = error.message
+            if candidate is None:
+                metrics.CHECKPOINT_FAILURES.inc()
+            else:
+                log.warning("old checkpoints stay: %s", text)
+        self._loop.post(lambda _: self._machine.manifest_written(candidate, manifest.version, text))
+
+    # -- Shards ---------------------------------------------------------------------------------
+
+    def _configure(self, action: actions.Configure) -> None:
+        member = self._machine.members.get(Role.SHARD, action.shard)
+        assert member is not None, "only shards that have registered are configured"
+        try:
+            request = self._configure_request(action)
+        except StorageError as error:
+            failure = error
+            self._loop.post(
+                lambda _: self._machine.configure_failed(action.shard, action.fence, action.control, failure, True)
+            )
+            return
+        self._pool.submit(self._call_configure, action, member.address, request)
+
+    def _configure_request(self, action: actions.Configure) -> shard_pb2.ConfigureRequest:
+        machine = self._machine
+        table = machine.history.table
+        assert table is not None, "the cluster is configured once there is a model"
+        request = shard_pb2.ConfigureRequest(
+            action=_ACTION[action.control],
+            fence=to_proto(action.fence),
+            run=machine.history.run,
+            shard=action.shard,
+            num_shards=machine.config.cluster.shards,
+            table=table.packed(),
+            job=self._job_json,
+            contributions=machine.history.contributions,
+            checkpoint=action.checkpoint,
+            manifest_sha256=action.manifest_sha256,
+        )
+        if action.control is actions.Control.LOAD:
+            if self._nonce is None:
+                directory = machine.config.checkpoint_dir
+                if directory.is_dir():
+                    sweep(directory)
+                self._nonce = storage_proof.write_nonce(directory)
+            request.nonce_file, request.nonce = self._nonce
+        if action.state is not None:
+            request.step = action.state.version
+            request.applied = action.state.applied
+            request.loss_scale = action.state.scaler.scale
+        return request
+
+    def _call_configure(self, action: actions.Configure, address: str, request: shard_pb2.ConfigureRequest) -> None:
+        machine, (shard, fence, control) = self._machine, (action.shard, action.fence, action.control)
+        timeout_s = machine.config.checkpoint.timeout_s
+        try:
+            with open_channel(address) as channel:
+                response = shard_pb2_grpc.ShardStub(channel).Configure(request, timeout=timeout_s)
+        except grpc.RpcError as broken:
+            failure = error_of(broken, f"configuring shard {shard} at {address}")
+            fatal = isinstance(failure, MismatchError | ConfigError)
+            self._loop.post(lambda _: machine.configure_failed(shard, fence, control, failure, fatal))
+            return
+        last = from_proto(Decision, response.last_decision) if response.HasField("last_decision") else None
+        inspection = Inspection(response.has_state, response.version, last)
+        self._loop.post(lambda _: machine.configured(shard, fence, control, inspection))
+
+    def _tell_decision(self, action: actions.TellDecision) -> None:
+        self._sessions.tell((Role.SHARD, action.shard), decision=to_proto(action.decision))
+
+    def _tell_snapshot(self, action: actions.TellSnapshot) -> None:
+        wanted = pb.WriteSnapshot(fence=to_proto(action.fence), version=action.version)
+        self._sessions.tell((Role.SHARD, action.shard), write_snapshot=wanted)
+
+    # -- Workers --------------------------------------------------------------------------------
+
+    def _tell_cluster(self, action: actions.TellCluster) -> None:
+        machine = self._machine
+        assert machine.history.table is not None, "workers hear of a cluster once it serves"
+        cluster = pb.Cluster(
+            fence=to_proto(action.fence),
+            plan_digest=make_plan(machine.history.table, machine.config.cluster.shards).digest,
+            shards=[member_message(member) for member in machine.members.of(Role.SHARD)],
+            contributions=machine.history.contributions,
+            step=action.state.version,
+            applied=action.state.applied,
+            loss_scale=action.state.scaler.scale,
+        )
+        self._sessions.tell((Role.WORKER, action.worker), cluster=cluster)
+
+    def _tell_deal(self, action: actions.TellDeal) -> None:
+        deal = pb.Deal(
+            fence=to_proto(action.fence),
+            step=action.state.version,
+            applied=action.state.applied,
+            loss_scale=action.state.scaler.scale,
+            contributions=action.contributions,
+            evaluate=action.evaluate,
+            initialize=action.initialize,
+        )
+        self._sessions.tell((Role.WORKER, action.worker), deal=deal)
+
+    def _end(self, action: actions.End) -> None:
+        self._on_end(action.ok, action.reason)
+
+
+def _export(line: dict[str, object]) -> None:
+    """Show a line of metrics.jsonl to Prometheus as well."""
+    if line["kind"] == "evaluation":
+        metrics.EVALUATION_LOSS.set(line["loss"])
+        return
+    metrics.STEP.set(int(str(line["step"])) + 1)
+    metrics.SKIPPED.inc(int(bool(line["skipped"])))
+    metrics.APPLIED.inc(int(not line["skipped"]))
+    metrics.TOKENS.inc(int(str(line["tokens"])))
+    metrics.LEARNING_RATE.set(line["learning_rate"])
+    for gauge, key in ((metrics.LOSS, "loss"), (metrics.GRADIENT_NORM, "gradient_norm")):
+        if line[key] is not None:
+            gauge.set(line[key])
+    if line["step_seconds"] is not None:
+        metrics.STEP_SECONDS.observe(line["step_seconds"])

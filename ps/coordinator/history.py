@@ -1,0 +1,114 @@
+"""What the journal says of the run: its model, its epochs, its decisions. Replayed at a start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ps.coordinator.decision import same_content
+from ps.errors import MismatchError
+from ps.types import Decision, ParameterTable
+from ps.wire.proto import from_record
+
+#: Decisions that are kept in memory; older ones stay in the journal.
+KEEP = 4096
+
+
+class History:
+    """The run's facts that outlive the coordinator."""
+
+    def __init__(self, run: str, contributions: int, records: Sequence[dict[str, Any]]) -> None:
+        self.run = run
+        self.contributions = contributions
+        self.table: ParameterTable | None = None
+        self.data_digest = ""
+        self.evaluation_parts = 0
+        self.epoch = 0
+        self.decisions: dict[int, Decision] = {}
+        #: Decisions that a rollback took back; made again, they must be the same.
+        self.superseded: dict[int, Decision] = {}
+        self.evaluations: dict[int, dict[str, Any]] = {}
+        #: Steps that metrics.jsonl has a line of.
+        self.recorded: set[int] = set()
+        for record in records:
+            self._replay(record)
+        self.recorded = {step for step in self.recorded if step in self.decisions}
+
+    @property
+    def last_decision(self) -> Decision | None:
+        return self.decisions[max(self.decisions)] if self.decisions else None
+
+    def next_epoch(self) -> int:
+        self.epoch += 1
+        return self.epoch
+
+    def note(self, decision: Decision) -> None:
+        """A decision was made."""
+        self.decisions[decision.step] = decision
+        if len(self.decisions) > 2 * KEEP:
+            for step in sorted(self.decisions)[:KEEP]:
+                del self.decisions[step]
+
+    def adopt(self, decision: Decision) -> bool:
+        """Take over a decision that a shard heard; False: it contradicts the journal."""
+        known = self.decisions.get(decision.step)
+        if known is not None:
+            return same_content(known, decision)
+        last = self.last_decision
+        if last is None or decision.step == last.version:
+            self.note(decision)
+        return True
+
+    def rollback(self, version: int) -> None:
+        """Everything from this version on will be decided again."""
+        for step in [step for step in self.decisions if step >= version]:
+            self.superseded[step] = self.decisions.pop(step)
+        self.evaluations = {v: result for v, result in self.evaluations.items() if v <= version}
+        self.recorded = {step for step in self.recorded if step < version}
+
+    def set_model(
+        self, who: str, table: ParameterTable, data_digest: str, evaluation_parts: int
+    ) -> dict[str, Any] | None:
+        """Take the first worker's model as the run's; returns the record to journal.
+
+        Raises:
+            MismatchError: a later worker has another one.
+        """
+        if self.table is None:
+            self.table, self.data_digest, self.evaluation_parts = table, data_digest, evaluation_parts
+            return {
+                "type": "model",
+                "table": table.packed(),
+                "data_digest": data_digest,
+                "evaluation_parts": evaluation_parts,
+            }
+        if table.digest != self.table.digest:
+            raise MismatchError(
+                f"{who} has other parameters than this run: {len(table.tensors)} tensors with "
+                f"{table.num_parameters} elements, digest {table.digest[:12]}, where the run has "
+                f"{len(self.table.tensors)} with {self.table.num_parameters}, digest {self.table.digest[:12]}"
+            )
+        if data_digest != self.data_digest:
+            raise MismatchError(
+                f"{who} has other data than this run: digest {data_digest[:12]} where the run has "
+                f"{self.data_digest[:12]}; give every worker the same files"
+            )
+        return None
+
+    def _replay(self, record: dict[str, Any]) -> None:
+        kind = record["type"]
+        if kind == "model":
+            self.table = ParameterTable.unpack(record["table"])
+            self.data_digest = record["data_digest"]
+            self.evaluation_parts = record["evaluation_parts"]
+        elif kind == "epoch":
+            self.epoch = max(self.epoch, record["epoch"])
+        elif kind == "decision":
+            self.note(from_record(Decision, record))
+        elif kind == "applied":
+            self.recorded.add(record["step"])
+        elif kind == "rollback":
+            self.rollback(record["version"])
+        elif kind == "evaluation":
+            result = {key: value for key, value in record.items() if key != "type"}
+            self.evaluations[result["version"]] = result

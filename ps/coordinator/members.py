@@ -1,0 +1,100 @@
+"""Who is there: leases, incarnations, and who counts as live. Time is handed in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ps.errors import MismatchError
+from ps.types import Role
+
+
+@dataclass
+class MemberState:
+    """One process, in one life of it."""
+
+    role: Role
+    rank: int
+    incarnation: int
+    pid: int = 0
+    host: str = ""
+    address: str = ""
+    metrics_address: str = ""
+    connected: bool = False
+    #: May take part: a shard always, a worker once its model and data are known to be the run's.
+    ready: bool = False
+    #: Counted as live: work is dealt to it, and its state is relied on.
+    live: bool = False
+    last_seen: float = 0.0
+    doing: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.role} {self.rank}"
+
+
+@dataclass
+class Members:
+    """The shards and workers of a run."""
+
+    lease_s: float
+    grace_s: float
+    num_shards: int
+    _members: dict[tuple[Role, int], MemberState] = field(default_factory=dict)
+
+    def place(self, role: Role, rank: int, incarnation: int) -> int:
+        """Confirm a rank, or give the lowest free one for -1.
+
+        Raises:
+            MismatchError: a shard's index is not one of the run's.
+        """
+        if role is Role.SHARD and not 0 <= rank < self.num_shards:
+            raise MismatchError(f"shard {rank}: this run has shards 0..{self.num_shards - 1} (cluster.shards)")
+        if rank >= 0:
+            return rank
+        for member in self.of(role):
+            if member.incarnation == incarnation:
+                return member.rank
+        taken = {member.rank for member in self.of(role) if member.live or member.connected}
+        return next(candidate for candidate in range(len(taken) + 1) if candidate not in taken)
+
+    def admit(self, member: MemberState, now: float) -> MemberState | None:
+        """Take a member in; returns the earlier life that it replaces, if any."""
+        key = (member.role, member.rank)
+        before = self._members.get(key)
+        if before is not None and before.incarnation == member.incarnation:
+            before.last_seen = now
+            return None
+        member.last_seen = now
+        self._members[key] = member
+        return before
+
+    def find(self, role: Role, rank: int, incarnation: int) -> MemberState | None:
+        """The member, if it is still in this life."""
+        member = self._members.get((role, rank))
+        return member if member is not None and member.incarnation == incarnation else None
+
+    def get(self, role: Role, rank: int) -> MemberState | None:
+        return self._members.get((role, rank))
+
+    def of(self, role: Role) -> list[MemberState]:
+        return sorted((m for m in self._members.values() if m.role is role), key=lambda m: m.rank)
+
+    def live_workers(self) -> list[int]:
+        return [member.rank for member in self.of(Role.WORKER) if member.live]
+
+    def missing_shards(self) -> list[int]:
+        present = {member.rank for member in self.of(Role.SHARD) if member.live}
+        return [index for index in range(self.num_shards) if index not in present]
+
+    def expire(self, now: float) -> list[MemberState]:
+        """Find the members whose stream has been broken, or who have been silent, for too long."""
+        expired = []
+        for member in self._members.values():
+            limit = self.lease_s if member.connected else self.grace_s
+            if member.live and now - member.last_seen > limit:
+                member.live = False
+                expired.append(member)
+        return expired
+
+    def forget(self, role: Role, rank: int) -> None:
+        self._members.pop((role, rank), None)

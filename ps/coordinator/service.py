@@ -1,0 +1,216 @@
+"""The Coordinator service over gRPC: between protobuf messages and the state machine's events."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+
+from protos.ps.v1 import common_pb2
+from protos.ps.v1 import coordinator_pb2 as pb
+from protos.ps.v1 import coordinator_pb2_grpc as pb_grpc
+from ps.coordinator.loop import Loop
+from ps.coordinator.machine import Machine
+from ps.coordinator.members import MemberState
+from ps.coordinator.status import status
+from ps.errors import MismatchError, PeerUnavailable, PsError
+from ps.types import Applied, Fence, ParameterTable, Prepared, Role
+from ps.wire.proto import from_proto
+from ps.wire.status import abort
+
+log = logging.getLogger(__name__)
+
+SERVICE = "windlass.ps.v1.Coordinator"
+
+Key = tuple[Role, int]
+_Queue = queue.SimpleQueue[pb.SessionResponse | None]
+
+
+class Sessions:
+    """The open sessions: one queue of messages per member."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._queues: dict[Key, _Queue] = {}
+
+    def open(self, key: Key) -> _Queue:
+        """Open a queue; an earlier session of the same member ends."""
+        mine: _Queue = queue.SimpleQueue()
+        with self._lock:
+            before = self._queues.get(key)
+            self._queues[key] = mine
+        if before is not None:
+            before.put(None)
+        return mine
+
+    def close(self, key: Key, mine: _Queue) -> bool:
+        """Forget a queue; False when another session has taken its place."""
+        with self._lock:
+            if self._queues.get(key) is not mine:
+                return False
+            del self._queues[key]
+        return True
+
+    def tell(self, key: Key, **event: Any) -> None:
+        """Send a message to a member; without a session it is lost, and told again at the next one."""
+        with self._lock:
+            found = self._queues.get(key)
+        if found is not None:
+            found.put(pb.SessionResponse(**event))
+
+    def end_all(self, ok: bool, reason: str) -> None:
+        """Tell every member that the run is over."""
+        with self._lock:
+            queues = list(self._queues.values())
+        for found in queues:
+            found.put(pb.SessionResponse(end=pb.End(ok=ok, reason=reason)))
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._queues)
+
+
+class CoordinatorServicer(pb_grpc.CoordinatorServicer):
+    """Thin handlers: every fact goes to the loop's thread."""
+
+    def __init__(self, loop: Loop, machine: Machine, sessions: Sessions, run: str, job_json: str) -> None:
+        self._loop = loop
+        self._machine = machine
+        self._sessions = sessions
+        self._run = run
+        self._job_json = job_json
+
+    def Register(self, request: pb.RegisterRequest, context: grpc.ServicerContext) -> pb.RegisterResponse:
+        try:
+            if request.run not in ("", self._run):
+                raise MismatchError(f"this coordinator runs {self._run}, not {request.run}")
+            member = _member(request.member)
+            rank = self._loop.call(lambda now: self._machine.register(member, now))
+        except PsError as error:
+            abort(context, error)
+            raise
+        return pb.RegisterResponse(
+            run=self._run, job=self._job_json, rank=rank, lease_s=self._machine.config.membership.lease_s
+        )
+
+    def Status(self, _request: pb.StatusRequest, _context: grpc.ServicerContext) -> pb.StatusResponse:
+        return self._loop.call(lambda now: status(self._machine, now))
+
+    def Session(
+        self, requests: Iterator[pb.SessionRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.SessionResponse]:
+        first = next(requests, None)
+        if first is None or first.WhichOneof("event") != "hello":
+            abort(context, MismatchError("the first message of a session is hello"))
+            return
+        who = _member(first.hello.member)
+        key = (who.role, who.rank)
+        member = self._loop.call(lambda _: self._machine.members.find(who.role, who.rank, who.incarnation))
+        if member is None:
+            # Registered with an earlier coordinator, or replaced: registering again sorts it out.
+            abort(context, PeerUnavailable(f"{who.name} is not registered in this life"))
+            return
+        mine = self._sessions.open(key)
+        context.add_callback(lambda: mine.put(None))
+        # The first answer says that the session stands; the member then tells what it knows.
+        yield pb.SessionResponse()
+        self._loop.post(lambda now: self._machine.connect(member, now))
+        reader = threading.Thread(
+            target=self._read, args=(requests, member, mine), name=f"session {member.name}", daemon=True
+        )
+        reader.start()
+        try:
+            while (response := mine.get()) is not None:
+                yield response
+        finally:
+            if self._sessions.close(key, mine):
+                self._loop.post(lambda now: self._machine.disconnect(member, now))
+
+    def _read(self, requests: Iterator[pb.SessionRequest], member: MemberState, mine: _Queue) -> None:
+        try:
+            for request in requests:
+                self._loop.post(lambda now, request=request: self._event(member, request, mine, now))
+        except grpc.RpcError:
+            pass
+        finally:
+            mine.put(None)
+
+    def _event(self, member: MemberState, request: pb.SessionRequest, mine: _Queue, now: float) -> None:
+        """Hand one fact to the state machine, unless the member has been replaced meanwhile."""
+        machine = self._machine
+        if machine.members.get(member.role, member.rank) is not member:
+            mine.put(pb.SessionResponse(end=pb.End(ok=False, reason=f"{member.name} was replaced by a newer life")))
+            return
+        kind = request.WhichOneof("event")
+        machine.seen(member, now, request.heartbeat.doing if kind == "heartbeat" else None)
+        try:
+            if kind is not None and kind in _HANDLERS:
+                _HANDLERS[kind](machine, member, getattr(request, kind), now)
+        except PsError as error:
+            log.error("%s: %s", member.name, error.message)
+            mine.put(pb.SessionResponse(end=pb.End(ok=False, reason=error.message)))
+
+
+def _member(message: common_pb2.Member) -> MemberState:
+    try:
+        role = Role(message.role)
+    except ValueError:
+        raise MismatchError(f"role {message.role!r} is not shard or worker") from None
+    return MemberState(
+        role,
+        message.rank,
+        message.incarnation,
+        message.pid,
+        message.host,
+        message.address,
+        message.metrics_address,
+        ready=role is Role.SHARD,
+    )
+
+
+def _model(machine: Machine, member: MemberState, event: pb.Model, now: float) -> None:
+    machine.model(member, now, ParameterTable.unpack(event.table), event.data_digest, event.evaluation_parts)
+
+
+def _prepared(machine: Machine, _member: MemberState, event: common_pb2.Prepared, _now: float) -> None:
+    machine.prepared(from_proto(Prepared, event))
+
+
+def _applied(machine: Machine, _member: MemberState, event: common_pb2.Applied, _now: float) -> None:
+    machine.applied(from_proto(Applied, event))
+
+
+def _initialized(machine: Machine, _member: MemberState, event: pb.Initialized, _now: float) -> None:
+    machine.initialized(event.shard, from_proto(Fence, event.fence))
+
+
+def _snapshot_written(machine: Machine, _member: MemberState, event: pb.SnapshotWritten, _now: float) -> None:
+    machine.snapshot_written(event.shard, event.version, (event.file, event.sha256, event.size), event.error)
+
+
+def _evaluated(machine: Machine, _member: MemberState, event: pb.Evaluated, _now: float) -> None:
+    machine.evaluated(event.version, event.part, event.loss_sum, event.tokens, event.bytes)
+
+
+def _contributed(machine: Machine, member: MemberState, event: pb.Contributed, _now: float) -> None:
+    machine.contributed(member.rank, event.step, event.contribution, event.compute_s, event.push_s, event.pull_s)
+
+
+def _leave(machine: Machine, member: MemberState, _event: pb.Leave, now: float) -> None:
+    machine.leave(member, now)
+
+
+_HANDLERS: dict[str, Any] = {
+    "model": _model,
+    "prepared": _prepared,
+    "applied": _applied,
+    "initialized": _initialized,
+    "snapshot_written": _snapshot_written,
+    "evaluated": _evaluated,
+    "contributed": _contributed,
+    "leave": _leave,
+}

@@ -1,0 +1,81 @@
+"""Checkpoints on their way and complete ones, as the coordinator knows them. Pure."""
+
+from __future__ import annotations
+
+import logging
+
+from ps.coordinator.actions import WriteManifest
+from ps.coordinator.decision import TrainingState
+from ps.coordinator.recovery import Candidate
+
+log = logging.getLogger(__name__)
+
+File = tuple[str, str, int]
+
+
+class Snapshots:
+    """Which versions are being written, are complete, or failed."""
+
+    def __init__(self, candidates: list[Candidate], rejected: list[str]) -> None:
+        self.candidates = list(candidates)
+        #: Names of checkpoints that turned out to be damaged.
+        self.rejected = list(rejected)
+        self._pending: dict[int, TrainingState] = {}
+        self._files: dict[int, dict[int, File]] = {}
+        self._failures: dict[int, str] = {}
+
+    def begin(self, state: TrainingState) -> None:
+        """A checkpoint of this state has been asked for."""
+        self._pending[state.version] = state
+        self._files[state.version] = {}
+        self._failures.pop(state.version, None)
+
+    def written(self, shard: int, version: int, file: File, error: str, num_shards: int) -> WriteManifest | None:
+        """One shard's file is there; with the last one the manifest can be written."""
+        state = self._pending.get(version)
+        if state is None:
+            return None
+        if error:
+            self.completed(version, None, f"shard {shard}: {error}")
+            return None
+        files = self._files[version]
+        files[shard] = file
+        if len(files) < num_shards:
+            return None
+        return WriteManifest(state, tuple(files[index] for index in range(num_shards)))
+
+    def completed(self, version: int, candidate: Candidate | None, error: str) -> None:
+        """The manifest is there, or the checkpoint failed."""
+        self._pending.pop(version, None)
+        self._files.pop(version, None)
+        if candidate is None:
+            log.error("there is no checkpoint of version %d: %s", version, error)
+            self._failures[version] = error
+        else:
+            self.candidates = [c for c in self.candidates if c.state.version != version] + [candidate]
+
+    def reject(self, candidate: Candidate) -> None:
+        """A checkpoint turned out to be damaged."""
+        self.candidates = [c for c in self.candidates if c != candidate]
+        self.rejected.append(candidate.name)
+
+    def forget_pending(self) -> None:
+        """A rollback: what was being written belongs to a past that is computed again."""
+        self._pending.clear()
+        self._files.clear()
+
+    def exists(self, version: int) -> bool:
+        return any(candidate.state.version == version for candidate in self.candidates)
+
+    def has_first(self) -> bool:
+        """Whether there is anything to go back to; nothing is decided before that."""
+        return bool(self.candidates)
+
+    def is_pending(self, version: int) -> bool:
+        return version in self._pending
+
+    def pending(self) -> list[int]:
+        return sorted(self._pending)
+
+    def failure(self, version: int) -> str:
+        return self._failures.get(version, "")

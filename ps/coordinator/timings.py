@@ -1,0 +1,44 @@
+"""Where a step's time went, from what the workers say."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ps.types import Decision
+
+
+class Timings:
+    """One step's seconds, summed per worker; the slowest worker is what the step waited for."""
+
+    def __init__(self) -> None:
+        self._by_rank: dict[int, list[float]] = {}
+
+    def add(self, rank: int, compute_s: float, push_s: float, pull_s: float) -> None:
+        sums = self._by_rank.setdefault(rank, [0.0, 0.0, 0.0])
+        for index, seconds in enumerate((compute_s, push_s, pull_s)):
+            sums[index] += seconds
+
+    def _slowest(self, index: int) -> float | None:
+        return max((round(sums[index], 6) for sums in self._by_rank.values()), default=None)
+
+    def line(self, decision: Decision, step_s: float | None) -> dict[str, Any]:
+        """The step's line of metrics.jsonl; what is not known is null, and so is what is not finite."""
+        return {
+            "kind": "step",
+            "step": decision.step,
+            "loss": _finite(decision.loss),
+            "learning_rate": decision.groups[0].lr,
+            "gradient_norm": _finite(decision.gradient_norm),
+            "loss_scale": decision.loss_scale,
+            "skipped": decision.skip,
+            "tokens": decision.tokens,
+            "step_seconds": round(step_s, 6) if step_s is not None else None,
+            "push_seconds": self._slowest(1),
+            "pull_seconds": self._slowest(2),
+            "compute_seconds": self._slowest(0),
+        }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

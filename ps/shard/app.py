@@ -1,0 +1,183 @@
+"""The shard process: server, session with the coordinator, the way in and the way out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import socket
+import threading
+
+from protos.ps.v1 import coordinator_pb2 as pb
+from protos.ps.v1 import shard_pb2
+from protos.ps.v1.common_pb2 import Member
+from ps.config import RunConfig, from_json
+from ps.errors import NotServing, PsError, StaleFence
+from ps.kernels.compile import check_denormals, warm_up
+from ps.kernels.update import Update
+from ps.shard.engine import Outbox, ShardEngine
+from ps.shard.service import SERVICE, ShardHost, ShardServicer
+from ps.shard.snapshot import SnapshotTarget
+from ps.storage.shard_file import ShardFile
+from ps.telemetry.exporter import serve_metrics
+from ps.types import Applied, Decision, Fence, Prepared
+from ps.wire.health import Health, enable_reflection
+from ps.wire.options import bind, make_server, reachable
+from ps.wire.proto import from_proto, to_proto
+from ps.wire.session import Session
+
+log = logging.getLogger(__name__)
+
+#: Two threads for each waiting stream, for this many workers, and some for control.
+MAX_STREAMS = 256
+#: How long a shard that was asked to go waits for the coordinator to have its state saved.
+LEAVE_S = 60.0
+#: Prepared and applied are told again after so long without an answer.
+RESEND_S = 1.0
+
+
+class ShardApp:
+    """One shard process."""
+
+    def __init__(self, coordinator: str, index: int, listen: str, metrics_listen: str | None) -> None:
+        self._ended = threading.Event()
+        self._leaving = threading.Event()
+        self._exit_code = 0
+        self._reason = ""
+        incarnation = random.SystemRandom().getrandbits(62) + 1
+        self._host = ShardHost(index, incarnation, self._on_engine)
+        self._server = make_server(MAX_STREAMS)
+        self._health = Health(self._server, SERVICE)
+        enable_reflection(self._server, [shard_pb2.DESCRIPTOR.services_by_name["Shard"].full_name])
+        self._server.add_generic_rpc_handlers((ShardServicer(self._host).handler(),))
+        port = bind(self._server, listen)
+        member = Member(
+            role="shard",
+            rank=index,
+            incarnation=incarnation,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            address=f"{reachable(listen)}:{port}",
+            metrics_address=serve_metrics(metrics_listen) if metrics_listen else "",
+        )
+        self._session = Session(coordinator, member, self._on_message, self._on_connect)
+
+    def run(self, start_timeout_s: float) -> int:
+        """Serve until the coordinator ends the run, or somebody asks the process to go."""
+        check_denormals()
+        self._server.start()
+        try:
+            response = self._session.register(start_timeout_s)
+            config = from_json(RunConfig, response.job)
+            warm_up(Update(config.optimizer, config.precision.wire), config.precision.wire)
+            self._session.start()
+            self._wait()
+        finally:
+            self._health.not_serving()
+            self._session.close()
+            self._server.stop(grace=0.5).wait(5.0)
+            if self._host.engine is not None:
+                self._host.engine.close()
+        if self._exit_code:
+            raise PsError(self._reason)
+        log.info("shard %d ends: %s", self._host.index, self._reason)
+        return 0
+
+    def _wait(self) -> None:
+        while not self._ended.wait(RESEND_S):
+            engine = self._host.engine
+            if engine is None:
+                self._session.doing("waiting for the coordinator to hand out the plan")
+                continue
+            with engine.changed:
+                protocol = engine.protocol
+                missing = protocol.missing()
+                self._session.doing(
+                    f"step {protocol.step}: {protocol.chunks_reduced} of {len(engine.chunks)} chunks reduced"
+                    + (f", contributions {missing} incomplete" if missing else "")
+                )
+            engine.resend()
+            if engine.has_state and engine.protocol.serving:
+                self._health.serving()
+
+    def leave(self) -> None:
+        """Ask the coordinator to save the state, then go."""
+        if self._leaving.is_set():
+            return
+        self._leaving.set()
+        threading.Thread(target=self._leave, name="leave", daemon=True).start()
+
+    def _leave(self) -> None:
+        self._session.send(leave=pb.Leave(reason="asked to stop"))
+        if not self._ended.wait(LEAVE_S):
+            self._end(True, f"no answer from the coordinator within {LEAVE_S:.0f} s")
+
+    def _end(self, ok: bool, reason: str) -> None:
+        self._exit_code, self._reason = int(not ok), reason
+        self._ended.set()
+
+    # -- From the coordinator -------------------------------------------------------------------
+
+    def _on_connect(self) -> None:
+        if self._host.engine is not None:
+            self._host.engine.resend_all()
+
+    def _on_message(self, message: pb.SessionResponse) -> None:
+        kind = message.WhichOneof("event")
+        if kind == "end":
+            self._end(message.end.ok, message.end.reason)
+            return
+        engine = self._host.engine
+        if engine is None:
+            return
+        try:
+            if kind == "decision":
+                engine.decide(from_proto(Decision, message.decision))
+            elif kind == "write_snapshot":
+                engine.snapshot(message.write_snapshot.version)
+        except (StaleFence, NotServing) as error:
+            log.warning("ignored a %s: %s", kind, error.message)
+        except PsError as error:
+            self._end(False, error.message)
+
+    # -- To the coordinator ---------------------------------------------------------------------
+
+    def _on_engine(self, engine: ShardEngine) -> None:
+        send = self._session.send
+
+        def prepared(report: Prepared) -> None:
+            send(prepared=to_proto(report))
+
+        def applied(report: Applied) -> None:
+            send(applied=to_proto(report))
+
+        def initialized(fence: Fence, shard: int) -> None:
+            send(initialized=pb.Initialized(fence=to_proto(fence), shard=shard))
+
+        def snapshot(target: SnapshotTarget, result: ShardFile | PsError) -> None:
+            written = pb.SnapshotWritten(
+                fence=to_proto(engine.protocol.fence), version=target.version, shard=target.shard
+            )
+            if isinstance(result, ShardFile):
+                written.file, written.sha256, written.size = result.name, result.sha256, result.size
+            else:
+                written.error = result.message
+            send(snapshot_written=written)
+
+        def failed(error: BaseException) -> None:
+            self._end(False, f"a kernel thread failed: {error}")
+
+        engine.outbox = Outbox(prepared, applied, initialized, snapshot, failed)
+
+
+def run(coordinator: str, index: int, listen: str, metrics_listen: str | None, start_timeout_s: float = 120.0) -> int:
+    """Run one shard until its end; returns the exit code.
+
+    Raises:
+        PsError: why it could not start, or ended; one line.
+    """
+    app = ShardApp(coordinator, index, listen, metrics_listen)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: app.leave())
+    return app.run(start_timeout_s)

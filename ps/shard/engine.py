@@ -1,0 +1,342 @@
+"""One shard at work: the step protocol, its kernels on a pool of threads, and what waits for them.
+
+Every change of the protocol's state happens under one lock; kernels run outside of it. Streams
+wait on `changed`, which is notified whenever a chunk is published or the fence moves.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from ps.config import RunConfig
+from ps.errors import MismatchError, NotServing, PsError
+from ps.kernels import reduce as kernels
+from ps.kernels.update import Update
+from ps.shard import metrics
+from ps.shard.protocol import Accepted, StepProtocol, StepShape
+from ps.shard.reduction import ChunkReduction, FoldJob, ReductionJob
+from ps.shard.snapshot import Snapshot, SnapshotTarget
+from ps.shard.store import Store
+from ps.sharding import Chunk, Plan, make_plan
+from ps.storage.layout import checkpoint_folder
+from ps.storage.manifest import read_manifest
+from ps.storage.reader import CheckpointReader
+from ps.storage.shard_file import ShardFile
+from ps.types import Applied, Decision, Fence, ParameterTable, Prepared
+from ps.wire.messages import Initialize, Push
+
+log = logging.getLogger(__name__)
+
+#: Snapshots that may be on their way to the disk when the next update begins.
+MAX_SNAPSHOTS = 2
+
+
+@dataclass
+class Outbox:
+    """What the shard tells the coordinator, as callbacks; set by the session."""
+
+    prepared: Callable[[Prepared], None] = field(default=lambda _: None)
+    applied: Callable[[Applied], None] = field(default=lambda _: None)
+    initialized: Callable[[Fence, int], None] = field(default=lambda _fence, _shard: None)
+    snapshot: Callable[[SnapshotTarget, ShardFile | PsError], None] = field(default=lambda _target, _result: None)
+    failed: Callable[[BaseException], None] = field(default=lambda _: None)
+
+
+class ShardEngine:
+    """The state and the work of one shard of one run. Thread-safe."""
+
+    def __init__(self, config: RunConfig, run: str, table: ParameterTable, shard: int, contributions: int) -> None:
+        self.config = config
+        self.run = run
+        self.plan: Plan = make_plan(table, config.cluster.shards)
+        self.shard = shard
+        self.chunks = self.plan.chunks_of(shard)
+        dtype = config.precision.wire
+        shape = StepShape(
+            run, config.batch.micro_batches_per_step, contributions, dtype, config.determinism == "strict"
+        )
+        self.protocol = StepProtocol(self.plan, shard, shape)
+        self.store = Store(self.chunks, Update(config.optimizer, dtype), dtype)
+        self.outbox = Outbox()
+        #: Guards the protocol; notified when a stream may have something to send.
+        self.changed = threading.Condition()
+        self.has_state = False
+        self._pool = ThreadPoolExecutor(config.cluster.threads_per_shard, thread_name_prefix="kernel")
+        self._snapshots: list[Snapshot] = []
+        #: How the last snapshots ended, to be told again after a reconnect.
+        self._results: dict[int, tuple[SnapshotTarget, ShardFile | PsError]] = {}
+        self._prepared: Prepared | None = None
+        self._last_applied: Applied | None = None
+        metrics.PARAMETERS.set(self.store.num_elements)
+
+    def close(self) -> None:
+        """Stop the kernel threads; pending work is dropped."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._await_snapshots(0)
+
+    # -- Control --------------------------------------------------------------------------------
+
+    def adopt(self, fence: Fence) -> None:
+        with self.changed:
+            self.protocol.adopt(fence)
+            self.changed.notify_all()
+
+    def load(self, fence: Fence, checkpoint: Path | None, manifest_sha256: str) -> None:
+        """Forget everything and take the state of a checkpoint, or await initial values.
+
+        Raises:
+            CheckpointDamaged, StorageError: the checkpoint cannot be used; the shard holds no state.
+        """
+        with self.changed:
+            self.protocol.adopt(fence)
+            self.protocol.close()
+            self.has_state = False
+            self._prepared = self._last_applied = None
+            self._results = {}
+            self.changed.notify_all()
+        self._quiesce()
+        self.store.clear()
+        if checkpoint is None:
+            with self.changed:
+                self.protocol.await_initial_values()
+            return
+        manifest, digest = read_manifest(checkpoint)
+        if digest != manifest_sha256:
+            raise MismatchError(f"{checkpoint}/manifest.json is not the one that the coordinator read")
+        if manifest.table.digest != self.plan.table.digest:
+            raise MismatchError(f"{checkpoint} holds another parameter table than this run's")
+        with CheckpointReader(checkpoint, manifest) as reader:
+            reader.verify(reader.files_for([(chunk.start, chunk.stop) for chunk in self.chunks]))
+            for chunk in self.chunks:
+                for name, array in self.store.arrays(chunk).items():
+                    reader.read(name, chunk.start, array)
+        for chunk in self.chunks:
+            self.store.published[chunk.index] = self.store.encode(chunk, manifest.version, manifest.applied)
+        with self.changed:
+            self.protocol.restored(manifest.version, manifest.applied, manifest.scaler.scale)
+            self.has_state = True
+        log.info("loaded version %d from %s", manifest.version, checkpoint)
+
+    def _quiesce(self) -> None:
+        """Wait until no kernel and no snapshot touches the arrays any more."""
+        barrier = threading.Barrier(self.config.cluster.threads_per_shard + 1)
+        for _ in range(self.config.cluster.threads_per_shard):
+            self._pool.submit(barrier.wait, 60.0)
+        barrier.wait(60.0)
+        self._await_snapshots(0)
+
+    def _await_snapshots(self, most: int) -> None:
+        """Wait until at most so many snapshots are on their way to the disk."""
+        while len(self._snapshots) > most:
+            oldest = self._snapshots[0]
+            oldest.join(self.config.checkpoint.timeout_s)
+            self._snapshots = [snapshot for snapshot in self._snapshots if snapshot is not oldest]
+
+    def serve(self, fence: Fence, step: int, applied: int, loss_scale: float) -> None:
+        """Open for workers under this fence."""
+        with self.changed:
+            self.protocol.adopt(fence)
+            self.protocol.serve(step, applied, loss_scale)
+            if self._prepared is not None:
+                self._prepared = None
+            self._report_if_prepared()
+            self.changed.notify_all()
+
+    # -- Frames ---------------------------------------------------------------------------------
+
+    def push(self, header: Push, payload: memoryview) -> Accepted:
+        """Take one chunk of a contribution.
+
+        Raises:
+            Refusal: by name; nothing has changed.
+        """
+        payload_hash = xxhash.xxh3_64_digest(payload)
+        with self.changed:
+            accepted = self.protocol.push(header, payload, payload_hash)
+            if accepted.conflicting:
+                metrics.CONFLICTS.inc()
+                log.warning(
+                    "step %d: contribution %d, chunk %d came again with other bits; the first stands",
+                    header.step,
+                    header.contribution,
+                    header.chunk,
+                )
+            if accepted.job is not None:
+                self._submit(accepted.job)
+        metrics.PUSHED_FRAMES.labels("duplicate" if accepted.duplicate else "held").inc()
+        return accepted
+
+    def initialize(self, header: Initialize, payload: memoryview) -> bool:
+        """Take the initial values of a chunk; returns whether they had come before.
+
+        Raises:
+            Refusal: by name; nothing has changed.
+        """
+        payload_hash = xxhash.xxh3_64_digest(payload)
+        with self.changed:
+            chunk, new = self.protocol.initialize(header, payload, payload_hash)
+            if not new:
+                return True
+            self.store.weights(chunk)[:] = np.frombuffer(payload, np.float32)
+            self.store.published[chunk.index] = self.store.encode(chunk, 0, 0)
+            if self.protocol.initialized(chunk):
+                self.has_state = True
+                self.outbox.initialized(self.protocol.fence, self.shard)
+            self.changed.notify_all()
+        return False
+
+    # -- Decisions ------------------------------------------------------------------------------
+
+    def decide(self, decision: Decision) -> None:
+        """Carry out a decision; hearing it again only repeats the acknowledgement."""
+        with self.changed:
+            before = self.protocol.step
+            chunks = self.protocol.decide(decision)
+            if decision.step < before:
+                if self._last_applied is not None and self._last_applied.step == decision.step:
+                    self.outbox.applied(self._last_applied)
+                return
+            for chunk in chunks:
+                self._pool.submit(self._guarded, self._apply, decision, chunk)
+            if self.protocol.step > before:
+                self._skipped(decision)
+
+    def _skipped(self, decision: Decision) -> None:
+        for index, published in self.store.published.items():
+            self.store.published[index] = type(published)(decision.version, published.applied, published.frame)
+        self._close_step(decision)
+
+    def _apply(self, decision: Decision, chunk: Chunk) -> None:
+        # A disk slower than the steps slows the steps down; it never piles up copies.
+        self._await_snapshots(MAX_SNAPSHOTS)
+        for snapshot in self._snapshots:
+            snapshot.protect(chunk)
+        with self.changed:
+            if self.protocol.deciding is not decision:
+                return
+            present = self.protocol.present(chunk)
+        with metrics.APPLY_SECONDS.time():
+            published = self.store.apply(chunk, present, decision)
+        with self.changed:
+            self.store.published[chunk.index] = published
+            if self.protocol.published(chunk):
+                self._close_step(decision)
+            self.changed.notify_all()
+
+    def _close_step(self, decision: Decision) -> None:
+        """The decision is carried out; called with the lock held."""
+        metrics.STEP.set(decision.version)
+        self._prepared = None
+        if decision.snapshot:
+            self.snapshot(decision.version)
+        self._last_applied = Applied(self.protocol.fence, decision.step, self.shard, self.store.state_hash)
+        self.outbox.applied(self._last_applied)
+        self.changed.notify_all()
+
+    def resend(self) -> None:
+        """Tell the coordinator again what it may not have heard."""
+        with self.changed:
+            if self._last_applied is not None and self._last_applied.fence == self.protocol.fence:
+                self.outbox.applied(self._last_applied)
+            if self._prepared is not None:
+                self.outbox.prepared(self._prepared)
+            if self.has_state and self.protocol.step == 0 and self.protocol.serving:
+                self.outbox.initialized(self.protocol.fence, self.shard)
+
+    def resend_all(self) -> None:
+        """After a new connection: everything, snapshots too."""
+        self.resend()
+        with self.changed:
+            for target, result in self._results.values():
+                self.outbox.snapshot(target, result)
+
+    # -- Snapshots ------------------------------------------------------------------------------
+
+    def snapshot(self, version: int) -> None:
+        """Begin to write the present state; the result goes to the outbox. Lock held or not."""
+        with self.changed:
+            if not self.has_state or self.protocol.step != version or self.protocol.deciding is not None:
+                raise NotServing(f"shard {self.shard} is at version {self.protocol.step}, not {version}")
+            self._snapshots = [snapshot for snapshot in self._snapshots if not snapshot.join(0)]
+            if any(snapshot.target.version == version for snapshot in self._snapshots):
+                return
+            if version in self._results and isinstance(self._results[version][1], ShardFile):
+                self.outbox.snapshot(*self._results[version])
+                return
+            target = SnapshotTarget(
+                checkpoint_folder(self.config.checkpoint_dir, version),
+                version,
+                self.shard,
+                self.plan.num_shards,
+                {"format": "windlass", "run": self.run, "version": str(version)},
+            )
+            snapshot = Snapshot(self.store, target, self._snapshot_ended)
+            self._snapshots = [*self._snapshots, snapshot]
+            snapshot.start()
+
+    def _snapshot_ended(self, target: SnapshotTarget, result: ShardFile | PsError) -> None:
+        if isinstance(result, PsError):
+            log.error("the checkpoint of version %d could not be written: %s", target.version, result.message)
+            metrics.SNAPSHOT_FAILURES.inc()
+        with self.changed:
+            self._results = {**self._results, target.version: (target, result)}
+            for version in sorted(self._results)[:-MAX_SNAPSHOTS]:
+                del self._results[version]
+        self.outbox.snapshot(target, result)
+
+    # -- Reduction ------------------------------------------------------------------------------
+
+    def _submit(self, job: ReductionJob) -> None:
+        self._pool.submit(self._guarded, self._reduce, job, self.protocol.reduction(job.chunk.index))
+
+    def _guarded(self, work: Callable[..., None], *arguments: object) -> None:
+        try:
+            work(*arguments)
+        except BaseException as error:
+            log.exception("a kernel thread failed")
+            self.outbox.failed(error)
+
+    def _reduce(self, job: ReductionJob, reduction: ChunkReduction) -> None:
+        with self.changed:
+            if not self.protocol.is_current(job, reduction):
+                return
+        gradients = [held.gradient for held in job.held]
+        weights = [held.slots for held in job.held]
+        dtype = self.config.precision.wire
+        with metrics.REDUCE_SECONDS.time():
+            if isinstance(job, FoldJob):
+                if reduction.accumulator is None:
+                    reduction.accumulator = np.zeros(job.chunk.size, np.float64)
+                kernels.fold(reduction.accumulator, gradients, weights, dtype)
+            else:
+                kernels.reduce(
+                    gradients,
+                    weights,
+                    reduction.accumulator,
+                    self.config.batch.micro_batches_per_step,
+                    dtype,
+                    self.store.mean(job.chunk),
+                    self.store.square_sums(job.chunk),
+                )
+        with self.changed:
+            if not self.protocol.is_current(job, reduction):
+                return
+            following = reduction.done(job)
+            if following is not None:
+                self._submit(following)
+            self._report_if_prepared()
+
+    def _report_if_prepared(self) -> None:
+        if self._prepared is None and self.protocol.serving and self.protocol.all_reduced:
+            if self.protocol.deciding is not None:
+                return
+            self._prepared = self.protocol.prepared(self.store.all_square_sums())
+            self.outbox.prepared(self._prepared)

@@ -1,0 +1,186 @@
+"""One worker's tensor stream, as the shard sees it; any transport may carry it.
+
+Frames come in through `receive`; answers go out through `replies`, which blocks until there is one.
+Acknowledgements go first; a pull is answered chunk by chunk, as each is published.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ps.errors import MalformedFrame, Refusal, StaleFence, VersionGone
+from ps.shard import metrics
+from ps.shard.engine import ShardEngine
+from ps.types import Fence
+from ps.wire import frame
+from ps.wire.messages import (
+    Ack,
+    Fenced,
+    Header,
+    Hello,
+    Initialize,
+    Pull,
+    Push,
+    Refused,
+    Unchanged,
+    Welcome,
+    parse_to_shard,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Cursor:
+    """A pull on its way."""
+
+    request: Pull
+    next: int = 0
+    sent: int = 0
+
+
+class Exchange:
+    """The server's side of one stream."""
+
+    def __init__(self, engine: ShardEngine, incarnation: int) -> None:
+        self._engine = engine
+        self._incarnation = incarnation
+        self._outbox: deque[bytes] = deque()
+        self._cursor: _Cursor | None = None
+        self._closed = False
+
+    def close(self) -> None:
+        """End `replies`; what was received stays."""
+        with self._engine.changed:
+            self._closed = True
+            self._engine.changed.notify_all()
+
+    def receive(self, data: bytes) -> None:
+        """Take one frame. A refusal is answered, never raised."""
+        metrics.RECEIVED_BYTES.inc(len(data))
+        header: Header | None = None
+        try:
+            fields, payload = frame.decode(data)
+            header = parse_to_shard(fields)
+            self._handle(header, payload)
+        except Refusal as refusal:
+            self._refuse(refusal, header)
+
+    def _handle(self, header: Header, payload: memoryview) -> None:
+        if isinstance(header, Push):
+            accepted = self._engine.push(header, payload)
+            self._reply(Ack(header.step, header.contribution, header.chunk, accepted.duplicate))
+        elif isinstance(header, Initialize):
+            duplicate = self._engine.initialize(header, payload)
+            self._reply(Ack(0, -1, header.chunk, duplicate))
+        elif isinstance(header, Pull):
+            self._pull(header)
+        elif isinstance(header, Hello):
+            self._hello(header)
+
+    def _hello(self, header: Hello) -> None:
+        engine = self._engine
+        with engine.changed:
+            self._cursor = None
+            engine.protocol.check(header)
+            if header.plan != engine.plan.digest:
+                raise MalformedFrame(
+                    f"the worker's plan {header.plan[:12]} is not this shard's {engine.plan.digest[:12]}"
+                )
+            held = [[contribution, _bitmap(chunks, engine)] for contribution, chunks in engine.protocol.held()]
+            welcome = Welcome(
+                engine.shard,
+                self._incarnation,
+                engine.protocol.fence.term,
+                engine.protocol.fence.epoch,
+                engine.protocol.step,
+                engine.protocol.applied,
+                held,
+            )
+        self._reply(welcome)
+
+    def _pull(self, header: Pull) -> None:
+        with self._engine.changed:
+            self._check_pull(header)
+            self._cursor = _Cursor(header)
+            self._engine.changed.notify_all()
+
+    def _check_pull(self, header: Fenced) -> None:
+        self._engine.protocol.check(header)
+
+    def _refuse(self, refusal: Refusal, header: Header | None) -> None:
+        metrics.REFUSED_FRAMES.labels(refusal.code).inc()
+        numbers = [getattr(header, name, -1) for name in ("step", "contribution", "chunk")]
+        log.info("refused %s: %s", header.kind if header is not None else "a frame", refusal.message)
+        self._reply(Refused(refusal.code, refusal.message[:1000], *numbers))
+
+    def _reply(self, header: Header) -> None:
+        encoded = frame.encode(header.pack())
+        with self._engine.changed:
+            self._outbox.append(encoded)
+            self._engine.changed.notify_all()
+
+    # -- Outgoing -------------------------------------------------------------------------------
+
+    def replies(self) -> Iterator[bytes]:
+        """Yield frames for the worker until the stream is closed."""
+        while True:
+            with self._engine.changed:
+                reply = self._next()
+                while reply is None and not self._closed:
+                    self._engine.changed.wait()
+                    reply = self._next()
+            if reply is None:
+                return
+            metrics.SENT_BYTES.inc(len(reply))
+            yield reply
+
+    def _next(self) -> bytes | None:
+        """The next frame that can go now; called with the lock held."""
+        if self._closed:
+            return None
+        if self._outbox:
+            return self._outbox.popleft()
+        cursor = self._cursor
+        if cursor is None:
+            return None
+        try:
+            return self._advance(cursor)
+        except Refusal as refusal:
+            self._cursor = None
+            metrics.REFUSED_FRAMES.labels(refusal.code).inc()
+            return frame.encode(Refused(refusal.code, refusal.message, cursor.request.version, -1, -1).pack())
+
+    def _advance(self, cursor: _Cursor) -> bytes | None:
+        engine, request = self._engine, cursor.request
+        if engine.protocol.fence != Fence(request.term, request.epoch):
+            raise StaleFence(f"the fence moved to {engine.protocol.fence} while version {request.version} was pulled")
+        if not engine.protocol.serving or not engine.has_state:
+            return None
+        while cursor.next < len(engine.chunks):
+            published = engine.store.published[engine.chunks[cursor.next].index]
+            if published.version < request.version:
+                return None
+            if published.version > request.version:
+                raise VersionGone(
+                    f"version {request.version} is no longer published; chunk "
+                    f"{engine.chunks[cursor.next].index} is at {published.version}"
+                )
+            cursor.next += 1
+            if published.applied != request.applied:
+                cursor.sent += 1
+                if cursor.next == len(engine.chunks):
+                    self._cursor = None
+                return published.frame
+        self._cursor = None
+        return frame.encode(Unchanged(request.version, engine.protocol.applied).pack())
+
+
+def _bitmap(chunks: list[int], engine: ShardEngine) -> bytes:
+    """One bit per chunk of the shard, in its order, least significant first."""
+    held = set(chunks)
+    bits = sum(1 << position for position, chunk in enumerate(engine.chunks) if chunk.index in held)
+    return bits.to_bytes(-(-len(engine.chunks) // 8), "little")

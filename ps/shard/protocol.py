@@ -1,0 +1,329 @@
+"""The step protocol of one shard: fences, keys and versions. No sockets, no threads, no kernels.
+
+The caller serializes the calls, carries out the jobs that they return and reports them done. Every
+refusal is raised before anything is changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ps.errors import (
+    ConflictingContribution,
+    FenceNotKnown,
+    MalformedFrame,
+    NotServing,
+    PsError,
+    StaleFence,
+    StepNotOpen,
+    UnknownChunk,
+    UnknownContribution,
+    WrongDtype,
+    WrongHash,
+    WrongLength,
+    WrongLossScale,
+)
+from ps.shard.reduction import ChunkReduction, Held, ReductionJob
+from ps.sharding import Chunk, Plan
+from ps.types import ContributionReport, Decision, Fence, Prepared, WireDtype, slot_range
+from ps.wire.messages import Fenced, Initialize, Push
+
+
+class DecisionRejected(PsError):
+    """A decision does not follow from what the shard holds; the coordinator is in error."""
+
+    code = "DECISION_REJECTED"
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What a run fixes for every step."""
+
+    run: str
+    #: G and C.
+    slots: int
+    contributions: int
+    dtype: WireDtype
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A frame's key is held now; `job` is what it made possible."""
+
+    duplicate: bool
+    job: ReductionJob | None = None
+    #: The same key came with another payload: the first stands, and this is counted.
+    conflicting: bool = False
+
+
+class StepProtocol:
+    """One shard's view of the open step."""
+
+    def __init__(self, plan: Plan, shard: int, shape: StepShape) -> None:
+        self.plan = plan
+        self.shard = shard
+        self.shape = shape
+        self.fence = Fence(0, 0)
+        self.serving = False
+        self.step = 0
+        self.applied = 0
+        self.loss_scale = 1.0
+        self.deciding: Decision | None = None
+        self.last_decision: Decision | None = None
+        self._chunks = {chunk.index: chunk for chunk in plan.chunks_of(shard)}
+        self._slots = [len(slot_range(c, shape.contributions, shape.slots)) for c in range(shape.contributions)]
+        self._reports: dict[int, ContributionReport] = {}
+        self._initial: set[int] | None = None
+        self._unpublished: set[int] = set()
+        self._reductions: dict[int, ChunkReduction] = {}
+        self._reset()
+
+    # -- Control: what the coordinator does -----------------------------------------------------
+
+    def adopt(self, fence: Fence) -> None:
+        """Learn a fence; an older one is refused."""
+        if fence < self.fence:
+            raise StaleFence(f"the fence {fence} is older than this shard's {self.fence}")
+        self.fence = fence
+
+    def close(self) -> None:
+        """Stop serving and forget the open step, before state is loaded."""
+        self.serving = False
+        self.deciding = None
+        self.last_decision = None
+        self._initial = None
+        self._reset()
+
+    def await_initial_values(self) -> None:
+        """Start empty: every chunk's initial values will come."""
+        self._initial = set()
+        self.step = self.applied = 0
+
+    def serve(self, step: int, applied: int, loss_scale: float) -> None:
+        """Open for workers. What is held of the same step with the same loss scale stays.
+
+        A shard that is one decision behind keeps its open step: the decision will be told again.
+        """
+        if (step, applied) != (self.step, self.applied) and step != self.step + 1:
+            raise DecisionRejected(
+                f"shard {self.shard} holds version {self.step} ({self.applied} applied) and cannot open "
+                f"step {step} ({applied} applied)"
+            )
+        if step == self.step and loss_scale != self.loss_scale:
+            self.loss_scale = loss_scale
+            self._reset()
+        self.serving = True
+
+    # -- Frames: what workers send --------------------------------------------------------------
+
+    def check(self, header: Fenced) -> None:
+        """Refuse a frame of another run or fence, or while there is no state to serve."""
+        if header.run != self.shape.run:
+            raise StaleFence(f"run {header.run!r} is not this shard's run {self.shape.run!r}")
+        if header.fence < self.fence:
+            raise StaleFence(f"the fence {header.fence} is older than this shard's {self.fence}: register again")
+        if header.fence > self.fence:
+            raise FenceNotKnown(f"the fence {header.fence} is newer than this shard's {self.fence}: try again")
+        if not self.serving:
+            raise NotServing(f"shard {self.shard} is loading its state: try again")
+
+    def push(self, header: Push, payload: memoryview, payload_hash: bytes) -> Accepted:
+        """Take one chunk of a contribution, or refuse it by name without touching anything.
+
+        Args:
+            payload_hash: XXH3-64 of the payload as it arrived.
+        """
+        self.check(header)
+        if self._initial is not None:
+            raise NotServing(f"shard {self.shard} is waiting for initial values: try again")
+        if header.step != self.step:
+            raise StepNotOpen(f"step {header.step} is not open; step {self.step} is")
+        if header.loss_scale != self.loss_scale:
+            raise WrongLossScale(f"loss scale {header.loss_scale} where step {self.step} has {self.loss_scale}")
+        chunk = self._owned(header.chunk)
+        self._check_contribution(header)
+        self._check_payload(header, chunk, payload, payload_hash)
+        reduction = self._reductions[chunk.index]
+        first = reduction.hashes.get(header.contribution)
+        if first is not None:
+            return self._again(header, first)
+        gradient = np.frombuffer(payload, self.shape.dtype.numpy)
+        job = reduction.add(Held(header.contribution, header.slots, gradient), header.hash, header.present)
+        self._reports.setdefault(
+            header.contribution,
+            ContributionReport(header.contribution, header.loss_sum, header.tokens, header.rank, header.incarnation),
+        )
+        return Accepted(duplicate=False, job=job)
+
+    def initialize(self, header: Initialize, payload: memoryview, payload_hash: bytes) -> tuple[Chunk, bool]:
+        """Take the FP32 initial values of a chunk; returns the chunk and whether it is new."""
+        self.check(header)
+        chunk = self._owned(header.chunk)
+        if len(payload) != 4 * chunk.size:
+            raise WrongLength(f"initial values of chunk {chunk.index}: {len(payload)} bytes, not {4 * chunk.size}")
+        if payload_hash != header.hash:
+            raise WrongHash(f"initial values of chunk {chunk.index} were damaged on their way")
+        if self._initial is None or chunk.index in self._initial:
+            return chunk, False
+        return chunk, True
+
+    def initialized(self, chunk: Chunk) -> bool:
+        """Note that a chunk's initial values are stored; True when they were the last."""
+        if self._initial is None:
+            return False
+        self._initial.add(chunk.index)
+        if len(self._initial) < len(self._chunks):
+            return False
+        self._initial = None
+        return True
+
+    @property
+    def awaiting_initial_values(self) -> bool:
+        return self._initial is not None
+
+    def held(self) -> list[tuple[int, list[int]]]:
+        """(contribution, chunks held) of the open step."""
+        held: dict[int, list[int]] = {}
+        for reduction in self._reductions.values():
+            for contribution in reduction.hashes:
+                held.setdefault(contribution, []).append(reduction.chunk.index)
+        return sorted(held.items())
+
+    def missing(self) -> list[int]:
+        """Contributions of the open step of which at least one chunk has not come."""
+        counts = [0] * self.shape.contributions
+        for reduction in self._reductions.values():
+            for contribution in reduction.hashes:
+                counts[contribution] += 1
+        return [c for c, count in enumerate(counts) if count < len(self._chunks)]
+
+    @property
+    def chunks_reduced(self) -> int:
+        return sum(reduction.reduced for reduction in self._reductions.values())
+
+    # -- Reduction ------------------------------------------------------------------------------
+
+    def reduction(self, chunk: int) -> ChunkReduction:
+        return self._reductions[chunk]
+
+    def is_current(self, job: ReductionJob, reduction: ChunkReduction) -> bool:
+        """Whether a job still belongs to the open step (a rollback forgets it)."""
+        return self._reductions.get(job.chunk.index) is reduction
+
+    @property
+    def all_reduced(self) -> bool:
+        return not self.awaiting_initial_values and self.chunks_reduced == len(self._chunks)
+
+    def prepared(self, square_sums: tuple[float, ...]) -> Prepared:
+        """The report that the coordinator decides from."""
+        reports = tuple(self._reports[c] for c in range(self.shape.contributions))
+        return Prepared(self.fence, self.step, self.shard, square_sums, reports)
+
+    # -- Decision -------------------------------------------------------------------------------
+
+    def decide(self, decision: Decision) -> list[Chunk]:
+        """Hear a decision; returns the chunks to update, in forward order (none for a skip).
+
+        Hearing it again is harmless.
+        """
+        if decision.fence != self.fence:
+            raise StaleFence(f"a decision under {decision.fence}, where this shard is at {self.fence}")
+        if decision.step < self.step or self.deciding is not None:
+            return []
+        if decision.step > self.step or not self.all_reduced:
+            raise DecisionRejected(
+                f"decision {decision.step} came while step {self.step} has {self.chunks_reduced} of "
+                f"{len(self._chunks)} chunks reduced"
+            )
+        self.deciding = decision
+        if decision.skip:
+            self._open_next()
+            return []
+        chunks = list(self._chunks.values())
+        self._unpublished = {chunk.index for chunk in chunks}
+        return chunks
+
+    def present(self, chunk: Chunk) -> np.ndarray:  # type: ignore[type-arg]
+        """Which runs of a chunk had a gradient in any contribution, as booleans."""
+        bits = self._reductions[chunk.index].present.to_bytes(chunk.presence_bytes, "little")
+        return np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")[: len(chunk.runs)].astype(bool)
+
+    def published(self, chunk: Chunk) -> bool:
+        """Note that a chunk is updated; True when it was the last and the next step is open."""
+        self._unpublished.discard(chunk.index)
+        if self._unpublished or self.deciding is None:
+            return False
+        self._open_next()
+        return True
+
+    # -- Inside ---------------------------------------------------------------------------------
+
+    def _open_next(self) -> None:
+        decision = self.deciding
+        assert decision is not None
+        self.step = decision.version
+        self.applied = decision.applied
+        self.loss_scale = decision.next_loss_scale
+        self.last_decision = decision
+        self.deciding = None
+        self._reset()
+
+    def _reset(self) -> None:
+        exact = self.shape.dtype is WireDtype.FP16
+        self._reports = {}
+        self._unpublished = set()
+        self._reductions = {
+            index: ChunkReduction(chunk, self.shape.contributions, exact) for index, chunk in self._chunks.items()
+        }
+
+    def restored(self, step: int, applied: int, loss_scale: float) -> None:
+        """Take over the counters of a checkpoint that has been loaded."""
+        self.step, self.applied, self.loss_scale = step, applied, loss_scale
+        self._reset()
+
+    def refence_decision(self, decision: Decision) -> Decision:
+        """A decision that was made under an older fence, as it is told under this one."""
+        return replace(decision, fence=self.fence)
+
+    def _owned(self, index: int) -> Chunk:
+        chunk = self._chunks.get(index)
+        if chunk is None:
+            raise UnknownChunk(f"chunk {index} is not one of shard {self.shard}'s {len(self._chunks)} chunks")
+        return chunk
+
+    def _check_contribution(self, header: Push) -> None:
+        if not 0 <= header.contribution < self.shape.contributions:
+            raise UnknownContribution(f"contribution {header.contribution} is not in 0..{self.shape.contributions - 1}")
+        slots = self._slots[header.contribution]
+        if header.slots != slots:
+            raise UnknownContribution(f"contribution {header.contribution} has {slots} slots, not {header.slots}")
+        if header.tokens < 0:
+            raise MalformedFrame(f"push: the header field tokens={header.tokens} is negative")
+
+    def _check_payload(self, header: Push, chunk: Chunk, payload: memoryview, payload_hash: bytes) -> None:
+        if header.dtype != self.shape.dtype:
+            raise WrongDtype(f"dtype {header.dtype[:20]!r} where the run's wire dtype is {self.shape.dtype}")
+        if len(payload) != chunk.size * self.shape.dtype.itemsize:
+            raise WrongLength(
+                f"chunk {chunk.index}: {len(payload)} bytes of gradient, not {chunk.size * self.shape.dtype.itemsize}"
+            )
+        if len(header.present) != chunk.presence_bytes:
+            raise WrongLength(
+                f"chunk {chunk.index}: a presence map of {len(header.present)} bytes, not {chunk.presence_bytes}"
+            )
+        if int.from_bytes(header.present, "little") >> len(chunk.runs):
+            raise WrongLength(f"chunk {chunk.index}: the presence map has bits beyond its {len(chunk.runs)} runs")
+        if payload_hash != header.hash:
+            raise WrongHash(f"chunk {chunk.index} of contribution {header.contribution} was damaged on its way")
+
+    def _again(self, header: Push, first: bytes) -> Accepted:
+        conflicting = first != header.hash
+        if conflicting and self.shape.strict:
+            raise ConflictingContribution(
+                f"step {header.step}, contribution {header.contribution}, chunk {header.chunk} came before with "
+                f"another payload; determinism=strict makes that an error"
+            )
+        return Accepted(duplicate=True, conflicting=conflicting)

@@ -1,0 +1,109 @@
+"""Which contributions of the open step a shard holds, chunk by chunk. Pure bookkeeping.
+
+A chunk keeps up to four contributions as received; beyond that it folds four at a time into a
+float64 accumulator. With FP16 on the wire the sum is exact, so they fold as they arrive. With BF16
+or FP32 they fold in contribution order: only the contiguous run that starts at the lowest
+contribution not folded yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ps.sharding import Chunk
+
+#: Contributions that one pass of a kernel reads.
+FAN_IN = 4
+
+
+@dataclass(frozen=True)
+class Held:
+    """One contribution of one chunk, as received: a view of the message."""
+
+    contribution: int
+    slots: int
+    gradient: np.ndarray  # type: ignore[type-arg]
+
+
+@dataclass(frozen=True)
+class FoldJob:
+    """Add these to the chunk's accumulator, in order."""
+
+    chunk: Chunk
+    held: tuple[Held, ...]
+
+
+@dataclass(frozen=True)
+class ReduceJob:
+    """Finish the sum, divide, write the mean and take the statistics."""
+
+    chunk: Chunk
+    held: tuple[Held, ...]
+
+
+ReductionJob = FoldJob | ReduceJob
+
+
+@dataclass
+class ChunkReduction:
+    """The open step's contributions of one chunk."""
+
+    chunk: Chunk
+    #: C; a chunk is complete when so many distinct contributions have come.
+    contributions: int
+    #: The sum does not depend on the order (FP16).
+    exact: bool
+    #: Payload hash of every contribution that has come.
+    hashes: dict[int, bytes] = field(default_factory=dict)
+    present: int = 0
+    accumulator: np.ndarray | None = None  # type: ignore[type-arg]
+    reduced: bool = False
+    _waiting: list[Held] = field(default_factory=list)
+    _folded: int = 0
+    _busy: bool = False
+
+    def add(self, held: Held, payload_hash: bytes, present: bytes) -> ReductionJob | None:
+        """Take a contribution that has not come before; return what can be done now."""
+        self.hashes[held.contribution] = payload_hash
+        self.present |= int.from_bytes(present, "little")
+        self._waiting.append(held)
+        return self._next()
+
+    def done(self, job: ReductionJob) -> ReductionJob | None:
+        """Note that a job has been carried out; return the next one."""
+        self._busy = False
+        if isinstance(job, ReduceJob):
+            self.reduced = True
+            self.accumulator = None
+            return None
+        return self._next()
+
+    @property
+    def complete(self) -> bool:
+        return len(self.hashes) == self.contributions
+
+    def _next(self) -> ReductionJob | None:
+        if self._busy:
+            return None
+        if not self.exact:
+            self._waiting.sort(key=lambda held: held.contribution)
+        ready = len(self._waiting) if self.exact else self._in_order()
+        if ready > FAN_IN:
+            return FoldJob(self.chunk, self._take(FAN_IN))
+        if self.complete:
+            return ReduceJob(self.chunk, self._take(ready))
+        return None
+
+    def _in_order(self) -> int:
+        ready = 0
+        while ready < len(self._waiting) and self._waiting[ready].contribution == self._folded + ready:
+            ready += 1
+        return ready
+
+    def _take(self, count: int) -> tuple[Held, ...]:
+        taken, self._waiting = tuple(self._waiting[:count]), self._waiting[count:]
+        self._folded += count
+        self._busy = True
+        return taken

@@ -1,0 +1,211 @@
+"""The Shard service over gRPC: thin; what it does is in the engine and the exchange."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+
+from protos.ps.v1 import shard_pb2
+from ps.config import RunConfig, from_json
+from ps.errors import MismatchError, NotServing, PsError, StorageError
+from ps.shard import metrics
+from ps.shard.engine import ShardEngine
+from ps.shard.exchange import Exchange
+from ps.storage.storage_proof import check_nonce
+from ps.types import Fence, ParameterTable
+from ps.wire import frame
+from ps.wire.proto import from_proto, to_proto
+from ps.wire.status import abort
+
+log = logging.getLogger(__name__)
+
+SERVICE = "windlass.ps.v1.Shard"
+
+
+class ShardHost:
+    """What outlives an engine: the process's identity, and the engine once there is a run to serve."""
+
+    def __init__(self, index: int, incarnation: int, on_engine: Callable[[ShardEngine], None]) -> None:
+        self.index = index
+        self.incarnation = incarnation
+        self.engine: ShardEngine | None = None
+        self._on_engine = on_engine
+        self._lock = threading.Lock()
+
+    def configure(self, request: shard_pb2.ConfigureRequest) -> shard_pb2.ConfigureResponse:
+        """Carry out the coordinator's control, one call at a time."""
+        with self._lock:
+            fence = from_proto(Fence, request.fence)
+            engine = self._engine_for(request, fence)
+            if request.action == shard_pb2.ConfigureRequest.LOAD:
+                self._load(engine, request, fence)
+            elif request.action == shard_pb2.ConfigureRequest.SERVE:
+                engine.serve(fence, request.step, request.applied, request.loss_scale)
+            else:
+                engine.adopt(fence)
+            return self._report(engine)
+
+    def _engine_for(self, request: shard_pb2.ConfigureRequest, fence: Fence) -> ShardEngine:
+        if request.shard != self.index:
+            raise MismatchError(f"this process is shard {self.index}, not shard {request.shard}")
+        table = ParameterTable.unpack(request.table)
+        engine = self.engine
+        if engine is not None:
+            if fence < engine.protocol.fence:
+                engine.adopt(fence)
+            asked = (request.run, table.digest, request.num_shards)
+            if asked != (engine.run, engine.plan.table.digest, engine.plan.num_shards):
+                raise MismatchError(
+                    f"this process serves run {engine.run} as one of {engine.plan.num_shards} shards; for "
+                    f"run {request.run} with {request.num_shards} shards start a new one"
+                )
+            return engine
+        config = from_json(RunConfig, request.job)
+        if config.cluster.shards != request.num_shards:
+            raise MismatchError(f"the job has {config.cluster.shards} shards, the coordinator {request.num_shards}")
+        self.engine = ShardEngine(config, request.run, table, self.index, request.contributions)
+        self._on_engine(self.engine)
+        return self.engine
+
+    def _load(self, engine: ShardEngine, request: shard_pb2.ConfigureRequest, fence: Fence) -> None:
+        folder = engine.config.checkpoint_dir
+        if request.nonce_file:
+            try:
+                check_nonce(folder, request.nonce_file, request.nonce)
+            except StorageError as error:
+                raise MismatchError(error.message) from None
+        checkpoint = folder / Path(request.checkpoint).name if request.checkpoint else None
+        engine.load(fence, checkpoint, request.manifest_sha256)
+
+    def _report(self, engine: ShardEngine) -> shard_pb2.ConfigureResponse:
+        with engine.changed:
+            protocol = engine.protocol
+            response = shard_pb2.ConfigureResponse(
+                plan_digest=engine.plan.digest,
+                incarnation=self.incarnation,
+                has_state=engine.has_state,
+                version=protocol.step,
+                applied=protocol.applied,
+            )
+            last = protocol.deciding or protocol.last_decision
+            if last is not None:
+                response.last_decision.CopyFrom(to_proto(last))
+        return response
+
+    def status(self) -> shard_pb2.ShardStatusResponse:
+        engine = self.engine
+        if engine is None:
+            return shard_pb2.ShardStatusResponse(shard=self.index, phase="empty")
+        with engine.changed:
+            protocol = engine.protocol
+            serving = "initializing" if protocol.awaiting_initial_values else "serving"
+            return shard_pb2.ShardStatusResponse(
+                run=engine.run,
+                fence=to_proto(protocol.fence),
+                shard=self.index,
+                phase=serving if protocol.serving else "loading",
+                version=protocol.step,
+                applied=protocol.applied,
+                state_hash=engine.store.state_hash if engine.has_state else 0,
+                chunks=len(engine.chunks),
+                chunks_reduced=protocol.chunks_reduced,
+                missing=protocol.missing(),
+                streams=int(metrics.STREAMS._value.get()),
+            )
+
+    def snapshot(self, chunks: list[int]) -> Iterator[bytes]:
+        """Encode the state of chunks; fails when a step is applied meanwhile."""
+        engine = self.engine
+        if engine is None or not engine.has_state:
+            raise NotServing(f"shard {self.index} holds no state")
+        version = engine.protocol.step
+        for chunk in engine.chunks:
+            if chunks and chunk.index not in chunks:
+                continue
+            for name, array in engine.store.arrays(chunk).items():
+                with engine.changed:
+                    if engine.protocol.step != version or engine.protocol.deciding is not None:
+                        raise NotServing(f"version {version} was left while it was read; try again")
+                    encoded = frame.encode(
+                        {"kind": "state", "version": version, "chunk": chunk.index, "array": name}, array
+                    )
+                yield encoded
+
+
+class ShardServicer:
+    """Generic handlers: tensor frames stay raw bytes, control messages are protobuf."""
+
+    def __init__(self, host: ShardHost) -> None:
+        self._host = host
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """What a server is given; no serializer touches a frame."""
+        unary = grpc.unary_unary_rpc_method_handler
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "Configure": unary(
+                    self._configure,
+                    shard_pb2.ConfigureRequest.FromString,
+                    shard_pb2.ConfigureResponse.SerializeToString,
+                ),
+                "Status": unary(
+                    self._status,
+                    shard_pb2.ShardStatusRequest.FromString,
+                    shard_pb2.ShardStatusResponse.SerializeToString,
+                ),
+                "Exchange": grpc.stream_stream_rpc_method_handler(self._exchange),
+                "Snapshot": grpc.unary_stream_rpc_method_handler(self._snapshot, shard_pb2.SnapshotRequest.FromString),
+            },
+        )
+
+    def _configure(
+        self, request: shard_pb2.ConfigureRequest, context: grpc.ServicerContext
+    ) -> shard_pb2.ConfigureResponse:
+        try:
+            return self._host.configure(request)
+        except PsError as error:
+            log.error("%s", error.message)
+            abort(context, error)
+            raise
+
+    def _status(self, _request: shard_pb2.ShardStatusRequest, _context: object) -> shard_pb2.ShardStatusResponse:
+        return self._host.status()
+
+    def _snapshot(self, request: shard_pb2.SnapshotRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+        try:
+            yield from self._host.snapshot(list(request.chunks))
+        except PsError as error:
+            abort(context, error)
+
+    def _exchange(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        engine = self._host.engine
+        if engine is None:
+            abort(context, NotServing(f"shard {self._host.index} serves no run yet: try again"))
+            return
+        exchange = Exchange(engine, self._host.incarnation)
+        context.add_callback(exchange.close)
+        reader = threading.Thread(target=_read, args=(frames, exchange), name="exchange", daemon=True)
+        reader.start()
+        metrics.STREAMS.inc()
+        try:
+            yield from exchange.replies()
+        finally:
+            metrics.STREAMS.dec()
+            exchange.close()
+
+
+def _read(frames: Iterator[bytes], exchange: Exchange) -> None:
+    try:
+        for data in frames:
+            exchange.receive(data)
+    except grpc.RpcError:
+        log.info("a worker's stream broke")
+    except Exception:
+        log.exception("a stream's reader failed; the stream is closed")
+    finally:
+        exchange.close()

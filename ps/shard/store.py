@@ -1,0 +1,119 @@
+"""What a shard holds: FP32 master weights, optimizer moments, reduced gradients, published frames.
+
+Arrays are anonymous memory maps over the shard's chunks, one after the other; a chunk is a slice.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ps.kernels.update import RunTable, Update
+from ps.sharding import Chunk
+from ps.types import Decision, WireDtype
+from ps.wire import frame
+from ps.wire.messages import Weights
+
+
+def _zeros(size: int) -> np.ndarray:  # type: ignore[type-arg]
+    """FP32 zeros that cost nothing until they are touched, in huge pages where the system has them."""
+    memory = mmap.mmap(-1, max(4 * size, 1))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.float32, size)
+
+
+@dataclass(frozen=True)
+class Published:
+    """One chunk's weights as workers get them: an encoded frame, never changed after it is made."""
+
+    #: The version they are (decided steps), and the committed steps in them.
+    version: int
+    applied: int
+    frame: bytes
+
+
+class Store:
+    """The state of one shard."""
+
+    def __init__(self, chunks: Sequence[Chunk], update: Update, dtype: WireDtype) -> None:
+        self.chunks = tuple(chunks)
+        self.update = update
+        self.dtype = dtype
+        self.moment_names: tuple[str, ...] = update.moment_names
+        self.num_elements = sum(chunk.size for chunk in chunks)
+        self._offsets, position = {}, 0
+        for chunk in chunks:
+            self._offsets[chunk.index] = position
+            position += chunk.size
+        self._weights = _zeros(position)
+        self._moments = {name: _zeros(position) for name in update.moment_names}
+        self._mean = _zeros(position)
+        self._runs = {chunk.index: RunTable.build(chunk.runs, chunk.size) for chunk in chunks}
+        self._square_sums = {chunk.index: np.zeros(chunk.num_segments) for chunk in chunks}
+        self._hashes = dict.fromkeys(self._offsets, 0)
+        self.published: dict[int, Published] = {}
+
+    def _slice(self, array: np.ndarray, chunk: Chunk) -> np.ndarray:  # type: ignore[type-arg]
+        start = self._offsets[chunk.index]
+        return array[start : start + chunk.size]
+
+    def weights(self, chunk: Chunk) -> np.ndarray:  # type: ignore[type-arg]
+        return self._slice(self._weights, chunk)
+
+    def moments(self, chunk: Chunk) -> list[np.ndarray]:  # type: ignore[type-arg]
+        return [self._slice(array, chunk) for array in self._moments.values()]
+
+    def arrays(self, chunk: Chunk) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+        """Everything that a checkpoint holds of a chunk, by name."""
+        named = zip(self.moment_names, self.moments(chunk), strict=True)
+        return {"weights": self.weights(chunk), **dict(named)}
+
+    def mean(self, chunk: Chunk) -> np.ndarray:  # type: ignore[type-arg]
+        return self._slice(self._mean, chunk)
+
+    def square_sums(self, chunk: Chunk) -> np.ndarray:  # type: ignore[type-arg]
+        return self._square_sums[chunk.index]
+
+    def all_square_sums(self) -> tuple[float, ...]:
+        return tuple(float(value) for chunk in self.chunks for value in self._square_sums[chunk.index])
+
+    @property
+    def state_hash(self) -> int:
+        """64-bit hash of weights and moments, whatever the chunks."""
+        return sum(self._hashes.values()) & (2**64 - 1)
+
+    def apply(self, chunk: Chunk, present: np.ndarray, decision: Decision) -> Published:  # type: ignore[type-arg]
+        """Carry out a decision on one chunk, and encode its new weights."""
+        draft = self._draft(chunk, decision.applied)
+        self._hashes[chunk.index] = self.update.apply(
+            self.mean(chunk),
+            self.weights(chunk),
+            self.moments(chunk),
+            self._runs[chunk.index],
+            present,
+            decision,
+            draft.payload,
+            chunk.start,
+        )
+        return Published(decision.version, decision.applied, draft.data)
+
+    def encode(self, chunk: Chunk, version: int, applied: int) -> Published:
+        """Encode the weights as they are, after they were loaded or initialized."""
+        draft = self._draft(chunk, applied)
+        self.update.publish(self.weights(chunk), draft.payload)
+        self._hashes[chunk.index] = self.update.state_hash(self.weights(chunk), self.moments(chunk), chunk.start)
+        return Published(version, applied, draft.data)
+
+    def clear(self) -> None:
+        """Forget everything: zeros, nothing published."""
+        for array in (self._weights, *self._moments.values()):
+            array[:] = 0
+        self.published.clear()
+
+    def _draft(self, chunk: Chunk, applied: int) -> frame.Draft:
+        header = Weights(applied=applied, chunk=chunk.index, dtype=str(self.dtype))
+        return frame.Draft(header.pack(), self.dtype.numpy, chunk.size)

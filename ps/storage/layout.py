@@ -1,0 +1,135 @@
+"""The checkpoint folder: one folder per checkpoint, which exists when its manifest does.
+
+<checkpoint_dir>/step-00000100/shard-00000-of-00002.safetensors
+                               shard-00001-of-00002.safetensors
+                               manifest.json
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+
+from ps.errors import CheckpointWriteFailed, StorageError
+from ps.storage.files import fsync_directory, make_directory, reason, remove_tree
+from ps.storage.manifest import MANIFEST_NAME, is_whole
+
+logger = logging.getLogger(__name__)
+
+_FOLDER_NAME = re.compile(r"step-(\d{8,})")
+
+
+def checkpoint_folder(checkpoint_dir: Path, version: int) -> Path:
+    """Where the checkpoint of a version is."""
+    return checkpoint_dir / f"step-{version:08d}"
+
+
+def version_of(folder: Path) -> int | None:
+    """The version that a checkpoint folder's name says, or None when it is none."""
+    match = _FOLDER_NAME.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def prepare(checkpoint_dir: Path, version: int) -> Path:
+    """Make an empty folder for a checkpoint, before any shard writes into it.
+
+    What a former attempt left is removed, its manifest first: a decision that is made again after a
+    rollback writes its checkpoint again.
+
+    Raises:
+        CheckpointWriteFailed: names the folder and the reason.
+    """
+    folder = checkpoint_folder(checkpoint_dir, version)
+    try:
+        _remove(folder)
+        make_directory(folder)
+    except StorageError as error:
+        raise CheckpointWriteFailed(str(error)) from error
+    return folder
+
+
+def checkpoints(checkpoint_dir: Path) -> list[Path]:
+    """Return the complete checkpoints, the newest last; none when the folder does not exist.
+
+    Raises:
+        StorageError: the folder cannot be read.
+    """
+    return [folder for folder in _folders(checkpoint_dir) if _is_complete(folder)]
+
+
+def newest(checkpoint_dir: Path) -> Path | None:
+    """Return the newest complete checkpoint, if any.
+
+    Raises:
+        StorageError: the folder cannot be read.
+    """
+    return next(reversed(checkpoints(checkpoint_dir)), None)
+
+
+def retain(checkpoint_dir: Path, keep: int) -> list[Path]:
+    """Remove all but the newest `keep` complete checkpoints, and incomplete older ones.
+
+    When none of those has all its files, the newest that has them is kept as well. A folder that
+    cannot be removed is logged and left. Call it when no checkpoint is being written, apart from
+    one that is newer than all that are complete.
+
+    Returns:
+        The folders that were removed, the oldest first.
+
+    Raises:
+        StorageError: the folder cannot be read.
+    """
+    if keep < 1:
+        raise ValueError(f"keep={keep}: at least one checkpoint is kept")
+    folders = _folders(checkpoint_dir)
+    complete = [folder for folder in folders if _is_complete(folder)]
+    if not complete:
+        return []
+    kept = set(complete[-keep:])
+    if not any(is_whole(folder) for folder in kept):
+        kept.update([folder for folder in complete if is_whole(folder)][-1:])
+    removed = []
+    for folder in folders[: folders.index(complete[-1])]:
+        if folder in kept:
+            continue
+        try:
+            _remove(folder)
+            removed.append(folder)
+        except StorageError as error:
+            logger.warning("an old checkpoint stays: %s", error)
+    return removed
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; from the first moment on it is none."""
+    try:
+        if folder.is_dir() and not folder.is_symlink():
+            (folder / MANIFEST_NAME).unlink(missing_ok=True)
+            fsync_directory(folder)
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be removed: {reason(error)}") from error
+    remove_tree(folder)
+
+
+def _is_complete(folder: Path) -> bool:
+    return (folder / MANIFEST_NAME).is_file()
+
+
+def _folders(checkpoint_dir: Path) -> list[Path]:
+    """The folders of checkpoints, complete or not, by version; links are not ours."""
+    found = []
+    try:
+        with os.scandir(checkpoint_dir) as entries:
+            for entry in entries:
+                version = version_of(Path(entry.path))
+                if version is not None and entry.is_dir(follow_symlinks=False):
+                    found.append((version, Path(entry.path)))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StorageError(
+            f"the checkpoint folder {checkpoint_dir} cannot be read: {reason(error)}"
+        ) from error
+    return [folder for _, folder in sorted(found)]

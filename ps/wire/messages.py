@@ -1,0 +1,214 @@
+"""The headers of the tensor stream: one frozen dataclass per kind of frame, checked when read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeVar
+
+from ps.errors import BY_CODE, MalformedFrame, Refusal
+from ps.types import Fence
+
+_INT_MAX = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Header:
+    kind: ClassVar[str]
+
+    def pack(self) -> dict[str, Any]:
+        """The map that goes on the wire."""
+        return {"kind": self.kind, **{field.name: getattr(self, field.name) for field in fields(self)}}
+
+
+@dataclass(frozen=True)
+class Fenced(Header):
+    """What a worker sends: who, of which run, believing in which fence."""
+
+    run: str
+    term: int
+    epoch: int
+    rank: int
+    incarnation: int
+
+    @property
+    def fence(self) -> Fence:
+        return Fence(self.term, self.epoch)
+
+
+@dataclass(frozen=True)
+class Hello(Fenced):
+    """First frame of a stream."""
+
+    kind = "hello"
+    plan: str
+
+
+@dataclass(frozen=True)
+class Push(Fenced):
+    """One chunk of a contribution. Its key is (step, contribution, chunk); the rest is fence or check."""
+
+    kind = "push"
+    step: int
+    contribution: int
+    chunk: int
+    #: K_c, the micro-batches in the contribution.
+    slots: int
+    loss_scale: float
+    dtype: str
+    #: XXH3-64 of the payload, 8 bytes.
+    hash: bytes
+    #: One bit per run of the chunk, least significant first: it had a gradient.
+    present: bytes
+    loss_sum: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Initialize(Fenced):
+    """The FP32 initial values of one chunk. Its key is (init, chunk)."""
+
+    kind = "initialize"
+    chunk: int
+    hash: bytes
+
+
+@dataclass(frozen=True)
+class Pull(Fenced):
+    """Asks for the shard's chunks at a version; waits until it is there."""
+
+    kind = "pull"
+    version: int
+    #: Committed steps in the weights that the worker holds; -1: it holds none.
+    applied: int
+
+
+@dataclass(frozen=True)
+class Welcome(Header):
+    """The answer to Hello: what the shard holds of the open step."""
+
+    kind = "welcome"
+    shard: int
+    incarnation: int
+    term: int
+    epoch: int
+    #: The open step, which is the version of the published weights.
+    step: int
+    applied: int
+    #: Held chunks of each contribution: (contribution, bitmap over the shard's chunks).
+    held: list[list[Any]]
+
+
+@dataclass(frozen=True)
+class Ack(Header):
+    """A push or an initial value is held."""
+
+    kind = "ack"
+    step: int
+    contribution: int
+    chunk: int
+    duplicate: bool
+
+
+@dataclass(frozen=True)
+class Weights(Header):
+    """One published chunk."""
+
+    kind = "weights"
+    #: Committed steps in these weights: the same for every chunk of one version.
+    applied: int
+    chunk: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Unchanged(Header):
+    """The answer to a pull of what the worker holds already (after a skipped step)."""
+
+    kind = "unchanged"
+    version: int
+    applied: int
+
+
+@dataclass(frozen=True)
+class Refused(Header):
+    """A frame was refused; nothing changed. -1 where a number does not apply."""
+
+    kind = "refused"
+    code: str
+    message: str
+    step: int
+    contribution: int
+    chunk: int
+
+    def error(self) -> Refusal:
+        """The error that the shard raised, rebuilt."""
+        cls = BY_CODE.get(self.code)
+        return cls(self.message) if cls is not None and issubclass(cls, Refusal) else Refusal(self.message)
+
+
+AnyHeader = TypeVar("AnyHeader", bound=Header)
+
+_TO_SHARD: dict[str, type[Header]] = {cls.kind: cls for cls in (Hello, Push, Initialize, Pull)}
+_TO_WORKER: dict[str, type[Header]] = {cls.kind: cls for cls in (Welcome, Ack, Weights, Unchanged, Refused)}
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -1 <= value <= _INT_MAX
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, bytes) and len(value) == 8
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= 4096
+
+
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "int": (_is_int, "an integer from -1 to 2^63-1"),
+    "float": (lambda v: isinstance(v, float), "a float"),
+    "str": (_is_text, "text of at most 4096 characters"),
+    "bytes": (lambda v: isinstance(v, bytes), "bytes"),
+    "bool": (lambda v: isinstance(v, bool), "a boolean"),
+    "list[list[Any]]": (lambda v: isinstance(v, list), "a list"),
+}
+
+
+def _parse(kinds: dict[str, type[Header]], header: dict[str, Any]) -> Header:
+    kind = header.get("kind")
+    cls = kinds.get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        raise MalformedFrame(f"frames of kind {str(kind)[:40]!r} are not known here; known: {', '.join(kinds)}")
+    values = {}
+    for field in fields(cls):
+        check, wanted = _CHECKS[str(field.type)] if field.name != "hash" else (_is_hash, "8 bytes")
+        if field.name not in header:
+            raise MalformedFrame(f"{kind}: the header field {field.name!r} is missing")
+        value = header[field.name]
+        if not check(value):
+            raise MalformedFrame(f"{kind}: the header field {field.name}={str(value)[:40]!r} is not {wanted}")
+        values[field.name] = value
+    return cls(**values)
+
+
+def parse_to_shard(header: dict[str, Any]) -> Hello | Push | Initialize | Pull:
+    """Read a header that a worker sent.
+
+    Raises:
+        MalformedFrame: an unknown kind, or a field that is missing or of a wrong type.
+    """
+    parsed = _parse(_TO_SHARD, header)
+    if isinstance(parsed, Push) and not (parsed.loss_scale > 0 and math.isfinite(parsed.loss_scale)):
+        raise MalformedFrame(f"push: the header field loss_scale={parsed.loss_scale} is not a positive number")
+    return parsed  # type: ignore[return-value]
+
+
+def parse_to_worker(header: dict[str, Any]) -> Welcome | Ack | Weights | Unchanged | Refused:
+    """Read a header that a shard sent.
+
+    Raises:
+        MalformedFrame: an unknown kind, or a field that is missing or of a wrong type.
+    """
+    return _parse(_TO_WORKER, header)  # type: ignore[return-value]

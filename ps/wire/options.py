@@ -1,0 +1,73 @@
+"""gRPC channel and server options; each one that matters was measured (docs/architecture.md)."""
+
+from __future__ import annotations
+
+import socket
+from concurrent import futures
+from typing import Any
+
+import grpc
+
+from ps.errors import StartupError
+from ps.types import MAX_CHUNK
+
+#: The largest frame: a chunk in FP32 and its header.
+MAX_MESSAGE_BYTES = 4 * MAX_CHUNK + (1 << 17)
+
+_STREAM = [
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.http2.max_frame_size", 16_777_215),
+    ("grpc.http2.lookahead_bytes", 16 << 20),
+    ("grpc.experimental.tcp_read_chunk_size", 4 << 20),
+    ("grpc.experimental.tcp_min_read_chunk_size", 4 << 20),
+    ("grpc.experimental.tcp_max_read_chunk_size", 16 << 20),
+]
+
+SERVER: list[tuple[str, Any]] = [
+    *_STREAM,
+    # Without it a second server on a taken port binds silently and gets half of the calls.
+    ("grpc.so_reuseport", 0),
+]
+
+CHANNEL: list[tuple[str, Any]] = [
+    *_STREAM,
+    # A cluster's own addresses never go through a proxy that the environment names.
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 200),
+]
+
+
+def open_channel(address: str) -> grpc.Channel:
+    """Open a channel of its own to `address` (host:port)."""
+    return grpc.insecure_channel(address, options=CHANNEL)
+
+
+def make_server(threads: int) -> grpc.Server:
+    """Make a server whose pool is sized for `threads` waiting streams."""
+    pool = futures.ThreadPoolExecutor(max_workers=threads, thread_name_prefix="rpc")
+    return grpc.server(pool, options=SERVER)
+
+
+def bind(server: grpc.Server, listen: str) -> int:
+    """Bind a server to host:port (port 0: any) and return the port.
+
+    Raises:
+        StartupError: the address cannot be bound, for example because it is in use.
+    """
+    try:
+        port = int(server.add_insecure_port(listen))
+    except RuntimeError:
+        port = 0
+    if port == 0:
+        raise StartupError(f"cannot listen on {listen}: the port is in use or the address is not this host's")
+    return port
+
+
+def reachable(listen: str) -> str:
+    """The name under which others reach this host: its own when it listens on every address."""
+    host = listen.rpartition(":")[0]
+    return socket.gethostname() if host in ("", "0.0.0.0", "[::]") else host

@@ -1,0 +1,163 @@
+"""A member's session with the coordinator: register, stay connected, send heartbeats, come back.
+
+Messages are facts and may be sent again: whatever is lost with a broken stream is told anew by
+`on_connect`, so that nothing has to be queued across connections.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import grpc
+
+from protos.ps.v1 import coordinator_pb2 as pb
+from protos.ps.v1 import coordinator_pb2_grpc as pb_grpc
+from protos.ps.v1.common_pb2 import Member
+from ps.errors import MismatchError, PeerUnavailable, PsError, WaitTimeout
+from ps.wire.options import open_channel
+from ps.wire.status import error_of
+
+log = logging.getLogger(__name__)
+
+#: Waiting times between two attempts to connect, in seconds.
+BACKOFF_S = (0.05, 0.1, 0.2)
+#: A coordinator that has been away for so long is not coming back.
+GONE_S = 600.0
+CALL_TIMEOUT_S = 10.0
+
+
+class Session:
+    """One member's connection to the coordinator. Thread-safe."""
+
+    def __init__(
+        self,
+        address: str,
+        member: Member,
+        on_message: Callable[[pb.SessionResponse], None],
+        on_connect: Callable[[], None],
+    ) -> None:
+        self.address = address
+        self.member = member
+        self.run = ""
+        self.failure: PsError | None = None
+        self._on_message = on_message
+        self._on_connect = on_connect
+        self._doing = ""
+        self._lease_s = 10.0
+        self._outbox: queue.SimpleQueue[pb.SessionRequest | None] = queue.SimpleQueue()
+        self._call: grpc.Call | None = None
+        self._closing = threading.Event()
+        self._channel = open_channel(address)
+        self._stub = pb_grpc.CoordinatorStub(self._channel)
+        self._thread = threading.Thread(target=self._keep, name="session", daemon=True)
+
+    def register(self, timeout_s: float) -> pb.RegisterResponse:
+        """Announce the member, waiting for a coordinator to be there.
+
+        Raises:
+            WaitTimeout: there was none in time.
+            MismatchError: the coordinator runs something else, or does not take this member.
+        """
+        since = time.monotonic()
+        attempt = 0
+        while True:
+            try:
+                response = self._stub.Register(
+                    pb.RegisterRequest(member=self.member, run=self.run), timeout=CALL_TIMEOUT_S
+                )
+                break
+            except grpc.RpcError as failure:
+                error = error_of(failure, f"registering at {self.address}")
+                if not isinstance(error, PeerUnavailable):
+                    raise error from None
+            waited = time.monotonic() - since
+            if waited > timeout_s or self._closing.is_set():
+                raise WaitTimeout(f"waited {waited:.1f} s for the coordinator at {self.address}; is it running?")
+            self._closing.wait(BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)])
+            attempt += 1
+        self.run = response.run
+        self.member.rank = response.rank
+        self._lease_s = response.lease_s
+        return response
+
+    def start(self) -> None:
+        """Connect in the background and stay connected; `register` comes first."""
+        self._thread.start()
+
+    def send(self, **event: object) -> None:
+        """Send one event, by its field name in SessionRequest. Lost when the stream is down."""
+        self._outbox.put(pb.SessionRequest(**event))
+
+    def doing(self, text: str) -> None:
+        """Say what the member is doing; travels with the next heartbeat."""
+        self._doing = text
+
+    def close(self) -> None:
+        """End the session."""
+        self._closing.set()
+        self._outbox.put(None)
+        if self._call is not None:
+            self._call.cancel()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(CALL_TIMEOUT_S)
+        self._channel.close()
+
+    def _keep(self) -> None:
+        attempt, lost_at = 0, time.monotonic()
+        while not self._closing.is_set():
+            connected = False
+            try:
+                connected = self._connect()
+            except PsError as error:
+                if isinstance(error, MismatchError) or time.monotonic() - lost_at > GONE_S:
+                    self._fail(error)
+                    return
+            except Exception as error:
+                log.exception("the session's thread failed")
+                self._fail(PsError(f"the session failed: {error}"))
+                return
+            if connected:
+                attempt, lost_at = 0, time.monotonic()
+                log.info("the session with the coordinator at %s broke; connecting again", self.address)
+            self._closing.wait(BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)])
+            attempt += 1
+
+    def _fail(self, error: PsError) -> None:
+        self.failure = error
+        self._on_message(pb.SessionResponse(end=pb.End(ok=False, reason=error.message)))
+
+    def _connect(self) -> bool:
+        """One connection, until it breaks; True when the coordinator answered at all."""
+        self.register(timeout_s=0.0)
+        self._outbox = outbox = queue.SimpleQueue()
+        outbox.put(pb.SessionRequest(hello=pb.Hello(member=self.member, run=self.run)))
+        answered = False
+        self._call = call = self._stub.Session(self._requests(outbox))
+        try:
+            for response in call:
+                if not answered:
+                    answered = True
+                    self._on_connect()
+                self._on_message(response)
+        except grpc.RpcError as failure:
+            error = error_of(failure, f"the session with {self.address}")
+            if not answered or not isinstance(error, PeerUnavailable):
+                raise error from None
+        finally:
+            outbox.put(None)
+            call.cancel()
+        return answered
+
+    def _requests(self, outbox: queue.SimpleQueue[pb.SessionRequest | None]) -> Iterator[pb.SessionRequest]:
+        while True:
+            try:
+                request = outbox.get(timeout=self._lease_s / 4)
+            except queue.Empty:
+                request = pb.SessionRequest(heartbeat=pb.Heartbeat(doing=self._doing))
+            if request is None:
+                return
+            yield request

@@ -1,0 +1,178 @@
+"""`windlass evaluate`, `sample` and `digest` on a checkpoint that nobody trained."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ps.sharding import make_plan
+from ps.storage import checkpoint_folder, write_manifest
+from tests.support.checkpoints import make_manifest, write_shard_file
+from workers.cli import report
+from workers.cli.main import main
+from workers.config import JobConfig
+from workers.data.batches import HeldOut
+from workers.data.prepare import prepare
+from workers.launch import jobs
+from workers.launch.folder import RunFolder
+from workers.models.evaluate import evaluate_windows
+from workers.models.gpt import GPT
+from workers.models.groups import parameter_table
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with one checkpoint of two shards at version 40."""
+    base = tmp_path_factory.mktemp("inspect")
+    text = base / "text.txt"
+    text.write_text("".join(f"Line {n}: {n * n} is the square of {n}.\n" for n in range(4000)))
+    job = jobs.resolve(
+        None,
+        [
+            f"run_dir={base / 'run'}",
+            f'data.paths=["{text}"]',
+            f"data.cache_dir={base / 'cache'}",
+            "data.vocab_size=300",
+            "data.sequence_length=32",
+            "model.num_layers=1",
+            "model.hidden_size=64",
+            "evaluation.max_sequences=20",
+            "training.steps=50",
+        ],
+    )
+    folder = RunFolder(job.run_dir)
+    folder.write_job(job)
+    write_model(folder, job, 40)
+    return folder.path
+
+
+def fresh_model(job: JobConfig) -> GPT:
+    model = GPT(job.model, prepare(job.data).vocab_size, job.data.sequence_length)
+    model.initialize(job.seed)
+    return model
+
+
+def write_model(run: RunFolder, job: JobConfig, version: int) -> Path:
+    model = fresh_model(job)
+    plan = make_plan(parameter_table(model, job.optimizer.decay_all), 2)
+    arrays = {name: np.zeros(plan.size, np.float32) for name in ("weights", *MOMENTS)}
+    weights = dict(model.named_parameters())
+    for tensor, offset in zip(plan.table.tensors, plan.offsets, strict=True):
+        arrays["weights"][offset : offset + tensor.size] = weights[tensor.name].detach().numpy().ravel()
+    folder = checkpoint_folder(job.checkpoint_dir, version)
+    folder.mkdir(parents=True)
+    files = [write_shard_file(folder, plan, shard, arrays) for shard in range(2)]
+    manifest = make_manifest(plan, files, version, MOMENTS)
+    write_manifest(folder, replace(manifest, job=json.loads(run.config.read_text())))
+    return folder
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main(arguments)
+    return code, *capsys.readouterr()
+
+
+def test_evaluate_says_what_the_workers_would_say(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = RunFolder(run).read_job()
+    model = fresh_model(job)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.half())
+    held_out = HeldOut(prepare(job.data), 32, 20, parts=1)
+    loss_sum, tokens = evaluate_windows(model, held_out.part(0), 8)
+    bits = loss_sum / np.log(2) / held_out.bytes_of(0)
+    code, out, err = call(capsys, "evaluate", str(run))
+    assert (code, err) == (0, "")
+    assert "(step 40)" in out
+    assert f"loss {loss_sum / tokens:.4f} nats" in out
+    assert f"{bits:.4f} bits per byte ({tokens:,} tokens, {held_out.bytes_of(0):,} bytes)" in out
+
+
+def test_sample_writes_the_same_for_the_same_seed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["sample", str(run), "--prompt", "Line 7", "--tokens", "12"]
+    outs = [call(capsys, *arguments, "--seed", seed)[1] for seed in ("3", "3", "4")]
+    assert outs[0] == outs[1] != outs[2]
+    assert outs[0].startswith("Line 7")
+    # A checkpoint's folder will do, and so will nothing to begin with.
+    code, _, _ = call(capsys, "sample", str(checkpoint_folder(run / "checkpoints", 40)), "--tokens", "5")
+    assert code == 0
+
+
+def test_digest_is_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(capsys, "digest", str(run))
+    assert (code, err) == (0, "")
+    assert len(bytes.fromhex(out.strip())) == 32
+
+
+def test_a_damaged_checkpoint_is_named(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    job = RunFolder(run).read_job().model_copy(update={"run_dir": tmp_path})
+    folder.write_job(job)
+    file = next(write_model(folder, job, 7).glob("shard-00001*"))
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    for command in ("digest", "sample", "evaluate"):
+        code, _, err = call(capsys, command, str(tmp_path))
+        assert code == 1
+        assert err.startswith("windlass: error: ")
+        assert str(file) in err
+        assert err.count("\n") == 1
+
+
+def test_a_checkpoint_of_another_text_is_refused(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    manifest = checkpoint_folder(run / "checkpoints", 40) / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["job"]["data"]["vocab_size"] = 290
+    copy = tmp_path / "step-00000040"
+    copy.mkdir()
+    for file in manifest.parent.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    (copy / "manifest.json").write_text(json.dumps(content))
+    code, _, err = call(capsys, "sample", str(copy))
+    assert code == 1
+    assert "embed_tokens" in err
+
+
+def test_the_result_names_everything(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = RunFolder(run)
+    evaluation = {
+        "kind": "evaluation",
+        "version": 40,
+        "loss": 2.0,
+        "perplexity": 7.39,
+        "bits_per_byte": 1.9,
+        "tokens": 640,
+        "bytes": 2000,
+    }
+    folder.metrics.write_text(json.dumps(evaluation) + "\n")
+    report.print_result(folder, folder.read_job(), 83.0)
+    out = capsys.readouterr().out
+    for words in (
+        "40 of 50 steps; this took 1:23",
+        "loss 2.0000 nats per token, perplexity 7.39, 1.9000 bits per byte (640 tokens, 2,000 bytes)",
+        "a sample of its writing",
+        str(checkpoint_folder(run / "checkpoints", 40)),
+        str(folder.metrics),
+        str(folder.logs),
+        f"windlass resume {run}\n",
+        f"windlass sample {run}",
+    ):
+        assert words in out
+
+
+def test_resuming_a_complete_run_says_how_to_go_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "resume", str(run), "training.steps=40")
+    assert code == 0
+    assert "is complete: 40 of 40 steps" in out
+    assert f"windlass resume {run} training.steps=80" in out
+    code, out, _ = call(capsys, "resume", str(run), "training.target_loss=1.5")
+    assert code == 0
+    assert "training.target_loss=null" in out

@@ -1,0 +1,54 @@
+"""`windlass evaluate`, `sample` and `digest`: what a run has come to."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from workers.cli.arguments import RunOrCheckpoint, require_worker_extra
+from workers.launch.folder import find_checkpoint
+from workers.launch.metrics import evaluation_line
+
+
+def evaluate(run: RunOrCheckpoint) -> int:
+    """Evaluate the newest checkpoint."""
+    folder = find_checkpoint(run)
+    require_worker_extra("evaluating")
+
+    from workers.engine import restore
+
+    restored = restore.load_model(folder)
+    print(f"{folder} (step {restored.version}): {evaluation_line(restore.evaluate(restored))}")
+    return 0
+
+
+def sample(
+    run: RunOrCheckpoint,
+    prompt: Annotated[str, typer.Option(help="What to continue; empty: begin a new text.")] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to write, at most.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token always.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Choose among so many of the likeliest; 0: among all.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed writes the same text.")] = 1,
+) -> int:
+    """Let the newest checkpoint write."""
+    folder = find_checkpoint(run)
+    require_worker_extra("sampling")
+
+    from workers.engine import restore
+
+    print(restore.write(restore.load_model(folder), prompt, tokens, temperature, top_k, seed))
+    return 0
+
+
+def digest(run: RunOrCheckpoint) -> int:
+    """Print the SHA-256 of the newest checkpoint.
+
+    It covers the master weights and the optimizer's state, and does not depend on the number of shards.
+    """
+    folder = find_checkpoint(run)
+
+    from ps.storage.digest import digest as digest_of
+
+    print(digest_of(folder))
+    return 0

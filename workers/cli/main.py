@@ -1,0 +1,86 @@
+"""The entry point: finds the command, and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from ps.errors import ConfigError, PsError
+from workers.cli import inspect, roles, train
+from workers.launch.processes import ERROR_PREFIX
+
+# The root of "wrong usage" in whichever click this typer brings.
+_CLICK_ERROR: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+app = typer.Typer(
+    help="A sharded parameter server for PyTorch.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+_COMMANDS: tuple[Callable[..., int], ...] = (
+    train.train,
+    train.resume,
+    inspect.evaluate,
+    inspect.sample,
+    inspect.digest,
+    train.prepare,
+    roles.coordinator,
+    roles.shard,
+    roles.worker,
+)
+for _command in _COMMANDS:
+    app.command()(_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"windlass {version('windlass')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _windlass(
+    context: typer.Context,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 2 for wrong usage, 1 for what else went wrong.
+
+    Args:
+        arguments: without the program's name; those of the process when absent.
+    """
+    try:
+        command = typer.main.get_command(app)
+        result = command.main(args=arguments, prog_name="windlass", standalone_mode=False)
+    except PsError as error:
+        return _fail(error.message, 2 if isinstance(error, ConfigError) else 1)
+    except _CLICK_ERROR as error:
+        return _fail(" ".join(str(getattr(error, "format_message", error.__str__)()).split()), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has gone; nothing can be flushed to it at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"{ERROR_PREFIX}{message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""What is printed when a run has ended: how good it is, what it writes, and where everything is."""
+
+from __future__ import annotations
+
+from ps.errors import PsError
+from ps.storage.layout import newest
+from ps.storage.manifest import read_manifest
+from workers.config import JobConfig
+from workers.launch.folder import RunFolder
+from workers.launch.metrics import clock, evaluation_line, last_evaluation
+
+_SAMPLE_TOKENS, _SAMPLE_TEMPERATURE, _SAMPLE_TOP_K = 200, 0.7, 40
+
+
+def completion(folder: RunFolder, job: JobConfig) -> str | None:
+    """Say that a run has nothing left to do, and how to go on; None: it has."""
+    checkpoint = newest(job.checkpoint_dir)
+    if checkpoint is None:
+        return None
+    manifest, _ = read_manifest(checkpoint)
+    if manifest.version >= job.training.steps:
+        return (
+            f"{folder.path} is complete: {manifest.version} of {job.training.steps} steps; "
+            f"to go on: windlass resume {folder.path} training.steps={2 * manifest.version}"
+        )
+    target, reached = job.training.target_loss, manifest.evaluation
+    if target is not None and reached is not None and reached <= target:
+        return (
+            f"{folder.path} is complete: its held-out loss {reached:.4f} is at most "
+            f"training.target_loss={target}; to go on: "
+            f"windlass resume {folder.path} training.target_loss=null"
+        )
+    return None
+
+
+def print_result(folder: RunFolder, job: JobConfig, seconds: float) -> None:
+    """Print a run's result."""
+    checkpoint = newest(job.checkpoint_dir)
+    version = read_manifest(checkpoint)[0].version if checkpoint else 0
+    print(f"\ndone: {version} of {job.training.steps} steps; this took {clock(seconds)}")
+    evaluation = last_evaluation(folder.metrics)
+    if evaluation is not None:
+        print(f"held-out: {evaluation_line(evaluation)}")
+    if checkpoint is not None:
+        _print_sample(folder, job)
+    for what, where in (
+        ("run folder", folder.path),
+        ("checkpoint", checkpoint or "none"),
+        ("metrics", folder.metrics),
+        ("logs", folder.logs),
+    ):
+        print(f"{what:<11} {where}")
+    print(f"{'go on':<11} windlass resume {folder.path}{_how_to_go_on(job, version)}")
+    print(f'{"sample":<11} windlass sample {folder.path} --prompt "{_prompt(job)}"')
+
+
+def _how_to_go_on(job: JobConfig, version: int) -> str:
+    return "" if version < job.training.steps else f" training.steps={2 * version}"
+
+
+def _prompt(job: JobConfig) -> str:
+    """The standard library's own source is the default text; of another text nothing is known."""
+    return "" if job.data.paths else "def "
+
+
+def _print_sample(folder: RunFolder, job: JobConfig) -> None:
+    from workers.engine import restore
+
+    try:
+        text = restore.write(
+            restore.load_model(folder.path),
+            _prompt(job),
+            _SAMPLE_TOKENS,
+            _SAMPLE_TEMPERATURE,
+            _SAMPLE_TOP_K,
+            job.seed,
+        )
+    except PsError as error:
+        # The run is done and saved; that it cannot be shown must not make it look failed.
+        print(f"no sample: {error.message}")
+        return
+    print("\na sample of its writing:\n")
+    print("\n".join("    " + line for line in text.splitlines()))
+    print()

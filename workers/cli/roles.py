@@ -1,0 +1,149 @@
+"""`windlass coordinator`, `shard`, `worker`: one role each, by hand or under the launcher."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ps.config import RunConfig, from_json
+from ps.errors import ConfigError
+from ps.lifeline import Lifeline
+from ps.telemetry import logs
+from ps.types import Role
+from workers.cli.arguments import Device, Job, Level, require_worker_extra
+from workers.config import JobConfig
+from workers.launch import environment, jobs
+from workers.launch.folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+Coordinator = Annotated[
+    str, typer.Option(envvar="WINDLASS_COORDINATOR", metavar="HOST:PORT", help="Where the coordinator is.")
+]
+Listen = Annotated[
+    str,
+    typer.Option(envvar="WINDLASS_LISTEN", metavar="HOST:PORT", help="Where to serve; port 0: any free one."),
+]
+MetricsListen = Annotated[
+    str | None,
+    typer.Option(
+        envvar="WINDLASS_METRICS_LISTEN",
+        metavar="HOST:PORT",
+        help="Where to serve Prometheus metrics; port 0: any free one. Default: nowhere.",
+    ),
+]
+LogLevel = Annotated[
+    Level | None,
+    typer.Option(envvar="WINDLASS_LOG_LEVEL", help="How much is logged. Default: info."),
+]
+
+
+def coordinator(
+    job: Job = None,
+    listen: Listen = "127.0.0.1:0",
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", envvar="WINDLASS_RESUME", help="The run folder's job may be replaced by this one."),
+    ] = False,
+    log_level: LogLevel = None,
+) -> int:
+    """Start the coordinator, which decides.
+
+    It keeps membership, the step clock and the journal of decisions.
+    """
+    resolved = jobs.resolve(*jobs.split_arguments(job or ()))
+    _check_address("--listen", listen)
+    _begin(Role.COORDINATOR, None, log_level or Level(resolved.launch.log_level))
+    _settle(resolved, resume)
+    text = resolved.model_dump_json()
+
+    from ps.coordinator import app
+
+    return app.run(from_json(RunConfig, text), text, listen)
+
+
+def shard(
+    coordinator: Coordinator,
+    index: Annotated[int, typer.Option(envvar="WINDLASS_INDEX", min=0, help="Which shard: 0..S-1.")],
+    listen: Listen = "127.0.0.1:0",
+    metrics_listen: MetricsListen = None,
+    log_level: LogLevel = None,
+) -> int:
+    """Start a shard, which keeps weights.
+
+    It holds a part of the master weights and of the optimizer's state, and updates them.
+    """
+    _check_address("--coordinator", coordinator)
+    _check_address("--listen", listen)
+    _check_address("--metrics-listen", metrics_listen)
+    _begin(Role.SHARD, index, log_level)
+
+    from ps.shard import app
+
+    return app.run(coordinator, index, listen, metrics_listen)
+
+
+def worker(
+    coordinator: Coordinator,
+    rank: Annotated[
+        int | None,
+        typer.Option(envvar="WINDLASS_RANK", min=0, help="Its number. Default: given by the coordinator."),
+    ] = None,
+    device: Annotated[
+        Device | None,
+        typer.Option(envvar="WINDLASS_DEVICE", help="Where to compute. Default: as the job says."),
+    ] = None,
+    metrics_listen: MetricsListen = None,
+    log_level: LogLevel = None,
+) -> int:
+    """Start a worker, which computes gradients."""
+    _check_address("--coordinator", coordinator)
+    _check_address("--metrics-listen", metrics_listen)
+    require_worker_extra("a worker")
+    _begin(Role.WORKER, rank, log_level)
+
+    from workers.engine import app
+
+    return app.run(coordinator, rank, device, metrics_listen)
+
+
+def _begin(role: Role, rank: int | None, log_level: Level | None) -> None:
+    """What every role does first: its environment, its log, its tie to the launcher."""
+    environment.enter(role)
+    logs.configure(role.value, rank, log_level or Level.INFO)
+    lifeline = Lifeline.from_environment()
+    if lifeline is not None:
+        lifeline.watch(_launcher_gone)
+
+
+def _launcher_gone() -> None:
+    log.warning("the launcher is gone; ending")
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _check_address(flag: str, address: str | None) -> None:
+    if address is None:
+        return
+    host, colon, port = address.rpartition(":")
+    if not host or not colon or not port.isascii() or not port.isdigit() or int(port) > 65_535:
+        raise ConfigError(f"{flag}={address}: not HOST:PORT with a port of 0 to 65535")
+
+
+def _settle(job: JobConfig, resume: bool) -> None:
+    """Write the job into the run folder, or see that it is the one that is there."""
+    folder = RunFolder(Path(job.run_dir))
+    if folder.holds_run():
+        found = jobs.differences(folder.read_job(), job)
+        if not found:
+            return
+        if not resume:
+            raise ConfigError(
+                f"run_dir={folder.path} holds a run with another job ({found[0]}); start it with the same "
+                f"job, with --resume to replace the job, or choose another folder with run_dir=..."
+            )
+    folder.write_job(job)

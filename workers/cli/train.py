@@ -1,0 +1,76 @@
+"""`windlass train`, `resume` and `prepare`: a whole cluster on this host."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+
+from ps.lifeline import Lifeline
+from workers.cli import report
+from workers.cli.arguments import Job, Overrides, Run, require_worker_extra
+from workers.config import JobConfig
+from workers.launch import jobs
+from workers.launch.folder import RunFolder
+from workers.launch.launcher import Launcher
+from workers.launch.processes import ERROR_PREFIX, RoleCommands, windlass
+from workers.launch.progress import choose_display
+
+
+def train(job: Job = None) -> int:
+    """Train on this host, with all the roles.
+
+    Starts a coordinator, shards and workers, restarts what dies, and shows how it goes.
+    """
+    resolved = jobs.resolve(*jobs.split_arguments(job or ()))
+    return _launch(resolved, resume=False)
+
+
+def resume(run: Run, overrides: Overrides = None) -> int:
+    """Go on with a run."""
+    folder = RunFolder(run)
+    resolved = jobs.resume(folder.read_job(), run, overrides or ())
+    complete = report.completion(folder, resolved)
+    if complete:
+        print(complete)
+        return 0
+    return _launch(resolved, resume=True)
+
+
+def prepare(job: Job = None) -> int:
+    """Tokenize the text of a job, ahead of training."""
+    require_worker_extra("tokenizing text")
+    # The launcher's child: it has nothing to save, so it just ends.
+    lifeline = Lifeline.from_environment()
+    if lifeline is not None:
+        lifeline.watch(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    config = jobs.resolve(*jobs.split_arguments(job or ())).data
+
+    from workers.data.prepare import prepare as prepare_data
+
+    data = prepare_data(config, lambda line: print(f"data: {line}", flush=True))
+    print(
+        f"data: {data.train_tokens:,} tokens to train on, {data.validation_tokens:,} held out "
+        f"({data.validation_bytes:,} bytes), {data.vocab_size:,} vocabulary entries; kept in {data.folder}"
+    )
+    return 0
+
+
+def _launch(job: JobConfig, resume: bool) -> int:
+    require_worker_extra("training")
+    logging.getLogger("workers").addHandler(logging.NullHandler())
+    folder = RunFolder(job.run_dir)
+    display = choose_display(sys.stdout, job.launch.progress_every_steps)
+    command = RoleCommands(job, folder.config, resume)
+    launcher = Launcher(job, folder, command, windlass("prepare", str(folder.config)), display)
+    started = time.monotonic()
+    end = launcher.run(fresh=not resume)
+    if end.error is not None:
+        print(f"{ERROR_PREFIX}{end.error} (logs: {folder.logs})", file=sys.stderr)
+    if end.finished:
+        report.print_result(folder, job, time.monotonic() - started)
+    elif folder.holds_run():
+        print(f"go on with: windlass resume {folder.path}")
+    return end.exit_code

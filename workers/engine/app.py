@@ -1,0 +1,120 @@
+"""The worker process: session, model, data; the way in and the way out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import socket
+
+from torch import nn
+
+from protos.ps.v1 import coordinator_pb2 as pb
+from protos.ps.v1.common_pb2 import Member
+from ps.client.client import ParameterClient
+from ps.client.grpc_transport import GrpcTransport
+from ps.client.links import Inbox, Said
+from ps.config import from_json
+from ps.kernels.compile import warm_up_worker
+from ps.sharding import make_plan
+from ps.telemetry import logs
+from ps.telemetry.exporter import serve_metrics
+from ps.wire.session import Session
+from workers.config import JobConfig
+from workers.data.batches import HeldOut, TokenBatches
+from workers.data.prepare import PreparedData, prepare
+from workers.engine import device
+from workers.engine.compute import Contributor
+from workers.engine.flat_model import FlatModel
+from workers.engine.worker import Worker
+from workers.models.gpt import GPT
+from workers.models.groups import parameter_table
+
+log = logging.getLogger(__name__)
+
+
+def run(
+    coordinator: str,
+    rank: int | None,
+    device_name: str | None,
+    metrics_listen: str | None,
+    start_timeout_s: float = 120.0,
+) -> int:
+    """Run one worker until the end of the run; returns the exit code.
+
+    Raises:
+        PsError: why it could not start, or ended; one line.
+    """
+    inbox = Inbox()
+    incarnation = random.SystemRandom().getrandbits(62) + 1
+    member = Member(
+        role="worker",
+        rank=-1 if rank is None else rank,
+        incarnation=incarnation,
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        metrics_address=serve_metrics(metrics_listen) if metrics_listen else "",
+    )
+    model_message: list[pb.Model] = []
+
+    def on_connect() -> None:
+        session.send(model=model_message[0])
+
+    session = Session(coordinator, member, lambda message: inbox.put(Said(message)), on_connect)
+    response = session.register(start_timeout_s)
+    logs.bind(rank=int(response.rank))
+    job = from_json(JobConfig, response.job)
+    session.doing("loading the data and the model")
+    data = prepare(job.data)
+    worker, client, message = _build(job, data, session, inbox, device_name or job.worker.device, incarnation)
+    model_message.append(message)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: worker.leave())
+    session.start()
+    try:
+        reason = worker.run()
+    finally:
+        client.close()
+        session.close()
+    log.info("worker %d ends: %s", response.rank, reason)
+    return 0
+
+
+def _build(
+    job: JobConfig, data: PreparedData, session: Session, inbox: Inbox, device_name: str, incarnation: int
+) -> tuple[Worker, ParameterClient, pb.Model]:
+    chosen = device.choose(device_name)
+    device.prepare(chosen, job.worker.threads)
+    dtype = device.compute_dtype(job.precision, chosen)
+    wire = job.precision.wire
+    warm_up_worker(wire)
+    accumulate_fp16 = job.precision.accumulate == "fp16"
+
+    def make_initialized() -> nn.Module:
+        model = GPT(job.model, data.vocab_size, job.data.sequence_length)
+        model.initialize(job.seed)
+        return model
+
+    module = GPT(job.model, data.vocab_size, job.data.sequence_length)
+    table = parameter_table(module, job.optimizer.decay_all)
+    plan = make_plan(table, job.cluster.shards)
+    flat = FlatModel(module, plan, chosen, dtype, wire, accumulate_fp16, make_initialized)
+    contributions = job.contributions
+    slots = job.batch.micro_batches_per_step
+    held_out = HeldOut(data, job.data.sequence_length, job.evaluation.max_sequences, contributions)
+    contributor = Contributor(
+        flat,
+        TokenBatches(data, job.data.sequence_length, job.batch.micro_batch_size, job.seed, slots),
+        held_out,
+        job.seed,
+        slots,
+        contributions,
+        job.batch.micro_batch_size,
+        accumulate_fp16,
+    )
+    client = ParameterClient(GrpcTransport(), inbox, int(session.member.rank), incarnation, table, flat)
+    worker = Worker(session, inbox, client, flat, contributor, slots, wire)
+    log.info("%d parameters in %s on %s", table.num_parameters, dtype, chosen)
+    message = pb.Model(table=table.packed(), data_digest=data.digest, evaluation_parts=contributions)
+    return worker, client, message

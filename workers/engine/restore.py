@@ -1,0 +1,117 @@
+"""A model from a checkpoint, for evaluation and sampling, without a cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ps.config import validate
+from ps.errors import MismatchError
+from ps.storage import WEIGHTS, CheckpointReader, Manifest, read_manifest
+from ps.types import WireDtype
+from workers.config import JobConfig
+from workers.data.batches import HeldOut
+from workers.data.bpe import END_OF_TEXT
+from workers.data.prepare import PreparedData, prepare
+from workers.launch.folder import find_checkpoint
+from workers.models.evaluate import evaluate_windows
+from workers.models.generate import decode, generate
+from workers.models.gpt import GPT
+from workers.models.groups import parameter_table
+
+_PUBLISHED = {WireDtype.FP16: torch.float16, WireDtype.BF16: torch.bfloat16, WireDtype.FP32: torch.float32}
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A model as the workers had it, and what goes with it."""
+
+    model: GPT
+    data: PreparedData
+    job: JobConfig
+    #: Decided steps.
+    version: int
+
+
+def load_model(path: Path) -> Restored:
+    """Load the newest checkpoint of a run folder, or a checkpoint folder.
+
+    The weights are float32 and have the values that the workers computed with: those of the wire.
+
+    Raises:
+        CheckpointNotFound, CheckpointDamaged, StorageError: there is none, or it cannot be used.
+        MismatchError: it holds another model than its job says.
+        DataError: the text, which the tokenizer comes from, cannot be read.
+    """
+    folder = find_checkpoint(path)
+    manifest, _ = read_manifest(folder)
+    job = validate(JobConfig, manifest.job)
+    data = prepare(job.data)
+    model = GPT(job.model, data.vocab_size, job.data.sequence_length)
+    with CheckpointReader(folder, manifest) as reader:
+        reader.verify()
+        _fill(model, reader, manifest, job)
+    model.eval()
+    return Restored(model, data, job, manifest.version)
+
+
+@torch.no_grad()
+def _fill(model: GPT, reader: CheckpointReader, manifest: Manifest, job: JobConfig) -> None:
+    expected = parameter_table(model, job.optimizer.decay_all)
+    if expected != manifest.table:
+        different = next(
+            (
+                tensor.name
+                for tensor, other in zip(expected.tensors, manifest.table.tensors, strict=False)
+                if tensor != other
+            ),
+            "the number of tensors",
+        )
+        raise MismatchError(
+            f"the checkpoint {reader.folder} does not hold the model of its job: they differ in {different}; "
+            f"was the text or the tokenizer changed?"
+        )
+    parameters = dict(model.named_parameters())
+    for tensor, offset in zip(manifest.table.tensors, reader.plan.offsets, strict=True):
+        values = np.empty(tensor.size, np.dtype("<f4"))
+        reader.read(WEIGHTS, offset, values)
+        weights = torch.from_numpy(values).view(tensor.shape)
+        parameters[tensor.name].copy_(weights.to(_PUBLISHED[job.precision.wire]))
+
+
+def evaluate(restored: Restored) -> dict[str, Any]:
+    """Compute the held-out loss as the cluster does: the fields of an evaluation's line in metrics.jsonl."""
+    job = restored.job
+    held_out = HeldOut(restored.data, job.data.sequence_length, job.evaluation.max_sequences, parts=1)
+    loss_sum, tokens = evaluate_windows(restored.model, held_out.part(0), job.batch.micro_batch_size)
+    num_bytes = held_out.bytes_of(0)
+    loss = loss_sum / max(1, tokens)
+    return {
+        "version": restored.version,
+        "loss": loss,
+        "perplexity": float(np.exp(loss)),
+        "bits_per_byte": loss_sum / np.log(2.0) / max(1, num_bytes),
+        "tokens": tokens,
+        "bytes": num_bytes,
+    }
+
+
+def write(restored: Restored, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:
+    """Let the model continue a prompt; returns the prompt and what it wrote.
+
+    Args:
+        restored: from `load_model`.
+        prompt: empty: a new text is begun.
+        tokens: how many to write at most.
+        temperature: 0 takes the likeliest token always.
+        top_k: choose among so many of the likeliest; 0: among all.
+        seed: the same seed writes the same text.
+    """
+    tokenizer = restored.data.tokenizer()
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    given = tokenizer.encode(prompt).ids or [end]
+    return prompt + decode(tokenizer, generate(restored.model, given, tokens, temperature, top_k, seed, end))

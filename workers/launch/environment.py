@@ -1,0 +1,73 @@
+"""The environment that a role runs in: how malloc behaves, and how many threads libraries start."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+
+from ps.types import Role
+
+#: Received messages are big and short-lived; with glibc's defaults each one faults its pages in again.
+MALLOC_TUNABLES = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=4294967296:glibc.malloc.mmap_threshold=33554432:"
+    "glibc.malloc.top_pad=67108864:glibc.malloc.arena_max=1"
+)
+#: The server's own threads do its work; a library's pool would only compete with them.
+ONE_THREAD = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "NUMBA_NUM_THREADS",
+)
+#: Flags of one role, which must not reach the roles of a launcher through its environment.
+ROLE_FLAGS = (
+    "WINDLASS_COORDINATOR",
+    "WINDLASS_LISTEN",
+    "WINDLASS_METRICS_LISTEN",
+    "WINDLASS_INDEX",
+    "WINDLASS_RANK",
+    "WINDLASS_RESUME",
+)
+_REEXECUTED = "WINDLASS_REEXECUTED"
+
+
+def role_environment(base: Mapping[str, str], role: Role, glibc: bool) -> dict[str, str]:
+    """Complete an environment for a role; what the user has set stays.
+
+    Args:
+        base: the environment so far.
+        role: which role it is for.
+        glibc: whether the process runs on glibc.
+    """
+    environment = dict(base)
+    if glibc:
+        environment.setdefault("GLIBC_TUNABLES", MALLOC_TUNABLES)
+    if role is not Role.WORKER:
+        for name in ONE_THREAD:
+            environment.setdefault(name, "1")
+    environment.setdefault("PYTHONUNBUFFERED", "1")
+    return environment
+
+
+def on_glibc() -> bool:
+    try:
+        return (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
+    except (AttributeError, ValueError, OSError):
+        return False
+
+
+def enter(role: Role) -> None:
+    """Give this process a role's environment; malloc reads its part at exec, so that needs another exec.
+
+    The process keeps its pid, its arguments and its descriptors, and does this once at most.
+    """
+    reexecuted = os.environ.pop(_REEXECUTED, None) is not None
+    environment = role_environment(os.environ, role, on_glibc())
+    if reexecuted or environment.get("GLIBC_TUNABLES") == os.environ.get("GLIBC_TUNABLES"):
+        os.environ.update(environment)
+        return
+    environment[_REEXECUTED] = "1"
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)

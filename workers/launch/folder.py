@@ -1,0 +1,138 @@
+"""The run folder: where everything is that a run writes.
+
+config.json          the resolved job
+metrics.jsonl        a line per step and per evaluation
+cluster.json         who serves where, rewritten by the coordinator at each change
+logs/<role>-<rank>.log
+checkpoints/
+.lock                held by the launcher and its roles
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ps.config import validate
+from ps.errors import CheckpointNotFound, ConfigError, StartupError
+from ps.storage.files import make_directory, reason, write_atomic
+from ps.storage.layout import newest
+from ps.storage.manifest import MANIFEST_NAME
+from workers.config import JobConfig
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The names inside a run folder, and what is done with them as a whole."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def cluster(self) -> Path:
+        return self.path / "cluster.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def log(self, name: str) -> Path:
+        return self.logs / f"{name}.log"
+
+    def holds_run(self) -> bool:
+        return self.config.exists()
+
+    def read_job(self) -> JobConfig:
+        """Read the resolved job.
+
+        Raises:
+            ConfigError: there is none, or it cannot be used.
+        """
+        try:
+            mapping = json.loads(self.config.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{self.path} holds no run (there is no {self.config}); start one with: "
+                f"windlass train run_dir={self.path}"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self.config} cannot be read: {error}") from None
+        return validate(JobConfig, mapping)
+
+    def write_job(self, job: JobConfig) -> None:
+        """Write the resolved job, whole or not at all.
+
+        Raises:
+            StorageError: the folder cannot be written.
+        """
+        make_directory(self.path)
+        write_atomic(self.config, (job.model_dump_json(indent=2) + "\n").encode())
+
+    def members(self) -> list[dict[str, Any]]:
+        """Who serves, as the coordinator last wrote it; empty before it has."""
+        try:
+            found = json.loads(self.cluster.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return []
+        return [member for member in found if isinstance(member, dict)] if isinstance(found, list) else []
+
+    def try_lock(self) -> int | None:
+        """Take the folder for one launcher; None while another one, or a role of it, has it.
+
+        The launcher hands the descriptor to its roles: the folder is free again when all of them are
+        gone, not when the launcher is. Closing the descriptor gives it back.
+
+        Raises:
+            StartupError: the folder cannot be written.
+        """
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise StartupError(f"the run folder {self.path} cannot be written: {reason(error)}") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            return None
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        return lock
+
+    def holder(self) -> str:
+        """The pid of the launcher that took the folder last, for messages."""
+        try:
+            return self._lock.read_text(encoding="utf-8").strip() or "unknown"
+        except OSError:
+            return "unknown"
+
+    @property
+    def _lock(self) -> Path:
+        return self.path / ".lock"
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the newest checkpoint of a run folder, or `path` if it is a checkpoint itself.
+
+    Raises:
+        CheckpointNotFound: there is none.
+        ConfigError: `path` is no run folder either.
+    """
+    if (path / MANIFEST_NAME).is_file():
+        return path
+    job = RunFolder(path).read_job().model_copy(update={"run_dir": path})
+    found = newest(job.checkpoint_dir)
+    if found is None:
+        raise CheckpointNotFound(f"{path} has no complete checkpoint yet (looked in {job.checkpoint_dir})")
+    return found

@@ -1,0 +1,236 @@
+"""The edge of the supervisor: it starts processes, waits for what happens, and carries out the actions."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+from ps.errors import ConfigError, StartupError
+from ps.lifeline import ENVIRONMENT as LIFELINE
+from workers.config import JobConfig
+from workers.launch.environment import ROLE_FLAGS, on_glibc, role_environment
+from workers.launch.folder import RunFolder
+from workers.launch.metrics import Progress, Tail
+from workers.launch.processes import ERROR_PREFIX, LoggedProcess, LogLines
+from workers.launch.progress import Display
+from workers.launch.signals import Signals
+from workers.launch.supervisor import COORDINATOR, Action, End, Exit, Member, Say, Signal, Start, Supervisor
+
+#: A child's end and a signal wake the loop at once; this is for files: the metrics and cluster.json.
+TICK_S = 0.1
+#: The roles of a launcher that was killed are gone after this.
+ORPHANS_END_S = 8.0
+
+#: The command line of a role, given the coordinator's address (None: it has none yet).
+RoleCommand = Callable[[Member, str | None], Sequence[str]]
+
+
+class Launcher:
+    """Runs one job's cluster on this host, from its start to its end.
+
+    Args:
+        job: the resolved job; its run folder holds it already when the roles start.
+        folder: the run folder.
+        command: how each role is started.
+        prepare: a command that prepares the data and prints what it does. None: nothing to prepare.
+        display: where to say what happens.
+    """
+
+    def __init__(
+        self,
+        job: JobConfig,
+        folder: RunFolder,
+        command: RoleCommand,
+        prepare: Sequence[str] | None,
+        display: Display,
+    ) -> None:
+        self._job = job
+        self._folder = folder
+        self._command = command
+        self._prepare_command = prepare
+        self._display = display
+        self._supervisor = Supervisor(
+            job.cluster.shards,
+            job.cluster.workers,
+            job.launch.restart_limit,
+            job.membership.start_timeout_s,
+            job.checkpoint.timeout_s,
+        )
+        self._processes: dict[Member, LoggedProcess] = {}
+        self._listed: set[int] = set()
+        self._address: str | None = None
+        self._inherited: tuple[int, ...] = ()
+        self._environment: dict[str, str] = {}
+        self._end: End | None = None
+
+    def run(self, fresh: bool) -> End:
+        """Run the cluster; no process of it is left when this returns, or when this process is killed.
+
+        Args:
+            fresh: the folder must not hold a run yet.
+
+        Raises:
+            ConfigError: it does.
+            StartupError, StorageError: the run folder cannot be used.
+        """
+        if fresh:
+            refuse_run(self._folder)
+        with ExitStack() as stack:
+            signals = stack.enter_context(Signals())
+            lock = self._lock(signals)
+            stack.callback(os.close, lock)
+            if fresh:
+                refuse_run(self._folder)
+            self._folder.write_job(self._job)
+            # Of a former life: in a container a new process may well have the pid of an old one.
+            self._folder.cluster.unlink(missing_ok=True)
+            # The write end stays here, closed at exec: the roles see its end when this process is gone.
+            lifeline, held = os.pipe()
+            stack.callback(os.close, lifeline)
+            stack.callback(os.close, held)
+            self._inherited = (lifeline, lock)
+            self._environment = {
+                **{name: value for name, value in os.environ.items() if name not in ROLE_FLAGS},
+                LIFELINE: str(lifeline),
+                "WINDLASS_LOG_LEVEL": os.environ.get("WINDLASS_LOG_LEVEL", self._job.launch.log_level),
+            }
+            stopped = self._prepare(signals)
+            if stopped is None:
+                stack.callback(self._kill_all)
+                return self._supervise(signals)
+            if fresh:
+                self._folder.config.unlink()
+            return stopped
+
+    def _lock(self, signals: Signals) -> int:
+        lock = self._folder.try_lock()
+        if lock is not None:
+            return lock
+        self._display.say(f"{self._folder.path} is in use; waiting for up to {ORPHANS_END_S:g} s")
+        deadline = time.monotonic() + ORPHANS_END_S
+        while time.monotonic() < deadline and not signals.wait(TICK_S):
+            lock = self._folder.try_lock()
+            if lock is not None:
+                return lock
+        raise StartupError(
+            f"the run folder {self._folder.path} is in use by the launcher with pid {self._folder.holder()} "
+            f"or by its roles; end that run first"
+        )
+
+    def _prepare(self, signals: Signals) -> End | None:
+        """Prepare the data, in a process of its own: it can be interrupted and leaves no memory behind."""
+        if self._prepare_command is None:
+            return None
+        log = self._folder.log("prepare")
+        environment = {**self._environment, "PYTHONUNBUFFERED": "1"}
+        process = LoggedProcess.start(self._prepare_command, environment, log, self._inherited)
+        lines = LogLines(log, process.log_start)
+        try:
+            while (code := process.poll()) is None:
+                asked = signals.wait(TICK_S)
+                if asked:
+                    return End(128 + asked[0], None, finished=False)
+                self._say_all(lines.poll())
+        finally:
+            process.kill()
+        if code != 0:
+            error, last_line = process.last_words()
+            return End(code if code in (1, 2) else 1, error or last_line, finished=False)
+        self._say_all(lines.poll())
+        return None
+
+    def _say_all(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            # Why it failed is said once, at the end.
+            if not line.startswith(ERROR_PREFIX):
+                self._display.say(line)
+
+    def _supervise(self, signals: Signals) -> End:
+        tail = Tail(self._folder.metrics)
+        progress = Progress(min(self._job.training.steps, self._job.training.stop_at or self._job.training.steps))
+        progress.restart(tail.poll()[1])
+        progress.recent.clear()
+        self._display.open(progress)
+        try:
+            self._do(self._supervisor.start(time.monotonic()))
+            while self._end is None:
+                asked = signals.wait(TICK_S)
+                now = time.monotonic()
+                for signum in asked:
+                    self._do(self._supervisor.interrupt(now, signum))
+                self._look_at_cluster()
+                self._do(self._supervisor.tick(now, self._exits()))
+                self._follow(tail, progress)
+                self._display.refresh()
+            return self._end
+        finally:
+            self._display.close()
+
+    def _exits(self) -> list[Exit]:
+        exits = []
+        for member, process in list(self._processes.items()):
+            code = process.poll()
+            if code is not None:
+                del self._processes[member]
+                exits.append(Exit(member, code, *process.last_words(), process.pid in self._listed))
+        return exits
+
+    def _look_at_cluster(self) -> None:
+        members = self._folder.members()
+        self._listed.update(pid for member in members if isinstance(pid := member.get("pid"), int))
+        coordinator = self._processes.get(COORDINATOR)
+        if self._address is not None or coordinator is None:
+            return
+        for member in members:
+            if member.get("role") == COORDINATOR.role.value and member.get("pid") == coordinator.pid:
+                self._address = str(member["address"])
+                self._do(self._supervisor.reachable())
+
+    def _do(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            match action:
+                case Start(member):
+                    self._start(member)
+                case Signal(member, signum):
+                    if member in self._processes:
+                        self._processes[member].send(signum)
+                case Say(text):
+                    self._display.say(text)
+                case End():
+                    self._end = action
+
+    def _start(self, member: Member) -> None:
+        if member in self._processes:
+            self._processes.pop(member).kill()
+        environment = role_environment(self._environment, member.role, on_glibc())
+        command = self._command(member, self._address)
+        log = self._folder.log(str(member))
+        try:
+            self._processes[member] = LoggedProcess.start(command, environment, log, self._inherited)
+        except OSError as error:
+            raise StartupError(f"{member} cannot be started: {error}") from None
+
+    def _follow(self, tail: Tail, progress: Progress) -> None:
+        rewritten, records = tail.poll()
+        if rewritten:
+            progress.restart(records)
+            self._display.went_back(progress)
+            return
+        for record in records:
+            progress.feed(record)
+            self._display.show(record, progress)
+
+    def _kill_all(self) -> None:
+        for process in self._processes.values():
+            process.kill()
+
+
+def refuse_run(folder: RunFolder) -> None:
+    """Raises ConfigError when the folder holds a run."""
+    if folder.holds_run():
+        raise ConfigError(
+            f"run_dir={folder.path} holds a run already; go on with: windlass resume {folder.path}, "
+            f"or choose another folder with run_dir=..."
+        )

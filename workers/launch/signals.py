@@ -1,0 +1,51 @@
+"""Signals as events: the main loop waits for them and for a child's end, and no handler does any work."""
+
+from __future__ import annotations
+
+import select
+import signal
+import socket
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+ASKS_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _wake(signum: int, frame: FrameType | None) -> None:
+    """Exists so that the signal is delivered; its number arrives through the wake-up descriptor."""
+
+
+class Signals:
+    """Collects SIGINT, SIGTERM, SIGHUP and SIGCHLD while it is entered; main thread only.
+
+    A SIGHUP that was ignored (nohup) stays ignored.
+    """
+
+    def __enter__(self) -> Self:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self._before: dict[signal.Signals, Any] = {}
+        self._fd_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        for signum in (*ASKS_TO_STOP, signal.SIGCHLD):
+            if signum is not signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:
+                self._before[signum] = signal.signal(signum, _wake)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        signal.set_wakeup_fd(self._fd_before)
+        self._reader.close()
+        self._writer.close()
+
+    def wait(self, timeout_s: float) -> list[signal.Signals]:
+        """Wait until a signal comes or a child ends; return the signals that ask to stop."""
+        select.select([self._reader], [], [], timeout_s)
+        try:
+            received = self._reader.recv(4096)
+        except BlockingIOError:
+            return []
+        return [signal.Signals(number) for number in received if number in ASKS_TO_STOP]
