@@ -38,7 +38,7 @@ class WireDtype(StrEnum):
         return 4 if self is WireDtype.FP32 else 2
 
     @property
-    def numpy(self) -> np.dtype:  # type: ignore[type-arg]
+    def numpy(self) -> np.dtype:
         """The dtype of a payload's elements; half formats travel as their bits."""
         return np.dtype("<f4") if self is WireDtype.FP32 else np.dtype("<u2")
 

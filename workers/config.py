@@ -46,8 +46,7 @@ class ModelConfig(Section):
     def _check(self) -> Self:
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(
-                f"model.hidden_size={self.hidden_size} must be a multiple of "
-                f"2 x model.num_heads={2 * self.num_heads}"
+                f"model.hidden_size={self.hidden_size} must be a multiple of 2 x model.num_heads={2 * self.num_heads}"
             )
         return self
 
@@ -97,9 +96,7 @@ class JobConfig(RunConfig):
     launch: LaunchConfig = LaunchConfig()
 
 
-def load_job(
-    job_file: Path | None, overrides: Sequence[str], base: dict[str, Any] | None = None
-) -> JobConfig:
+def load_job(job_file: Path | None, overrides: Sequence[str], base: dict[str, Any] | None = None) -> JobConfig:
     """Build a job from defaults, a previous job, a file and dotted overrides, in rising order of precedence.
 
     Raises:

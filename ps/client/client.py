@@ -26,7 +26,7 @@ from ps.wire.messages import Ack, Initialize, Pull, Push, Refused, Unchanged, We
 
 log = logging.getLogger(__name__)
 
-Array = np.ndarray  # type: ignore[type-arg]
+Array = np.ndarray
 #: Refusals after which greeting the shard again shows what is to be done.
 _RETRY = (FenceNotKnown, NotServing, StepNotOpen, WrongHash)
 
@@ -159,7 +159,7 @@ class ParameterClient:
         blank = self._push_header(contribution, chunk, slots, bytes(8), bytes(chunk.presence_bytes))
         draft = frame.Draft(blank.pack(), self._dtype.numpy, chunk.size)
         present = self.source.encode(chunk, slots, draft.payload)
-        header = self._push_header(contribution, chunk, slots, xxhash.xxh3_64_digest(draft.payload), present)
+        header = self._push_header(contribution, chunk, slots, xxhash.xxh3_64_digest(draft.payload.data), present)
         draft.rewrite(header.pack())
         self.links.send(chunk.shard, draft.data)
 
@@ -188,7 +188,7 @@ class ParameterClient:
         for chunk in self.plan.chunks_of(shard):
             room = np.zeros(chunk.size, np.float32)
             self.source.initial(chunk, room)
-            header = Initialize(**self.links.identity(), chunk=chunk.index, hash=xxhash.xxh3_64_digest(room))
+            header = Initialize(**self.links.identity(), chunk=chunk.index, hash=xxhash.xxh3_64_digest(room.data))
             self.links.send(shard, frame.encode(header.pack(), room))
 
     # -- Pull -----------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ps.config import RunConfig
 from ps.coordinator.loss_scaler import LossScaler, is_dynamic
@@ -99,7 +98,7 @@ def same_content(one: Decision, other: Decision) -> bool:
     return _content(one) == _content(other)
 
 
-def _content(decision: Decision) -> Any:
+def _content(decision: Decision) -> str:
     # repr, so that NaN equals NaN.
     return repr(replace(decision, fence=Fence(0, 0), snapshot=False))
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version as distribution_version
+from typing import Any
 
 import grpc
 
@@ -264,15 +265,15 @@ class Effects:
         self._on_end(action.ok, action.reason)
 
 
-def _export(line: dict[str, object]) -> None:
+def _export(line: dict[str, Any]) -> None:
     """Show a line of metrics.jsonl to Prometheus as well."""
     if line["kind"] == "evaluation":
         metrics.EVALUATION_LOSS.set(line["loss"])
         return
-    metrics.STEP.set(int(str(line["step"])) + 1)
-    metrics.SKIPPED.inc(int(bool(line["skipped"])))
+    metrics.STEP.set(line["step"] + 1)
+    metrics.SKIPPED.inc(int(line["skipped"]))
     metrics.APPLIED.inc(int(not line["skipped"]))
-    metrics.TOKENS.inc(int(str(line["tokens"])))
+    metrics.TOKENS.inc(line["tokens"])
     metrics.LEARNING_RATE.set(line["learning_rate"])
     for gauge, key in ((metrics.LOSS, "loss"), (metrics.GRADIENT_NORM, "gradient_norm")):
         if line[key] is not None:

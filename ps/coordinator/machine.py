@@ -257,9 +257,11 @@ class Machine:
         for member in self.members.expire(now):
             self._lost(member, "has been silent for too long" if member.connected else "broke its connection")
         before = None
-        while before is not self.phase and self.phase is not Phase.ENDED:
+        while before is not self.phase:
             before = self.phase
-            _STEPS[self.phase](self, now)
+            step = _STEPS.get(before)
+            if step is not None:
+                step(self, now)
 
     def _lost(self, member: MemberState, why: str) -> None:
         log.warning("%s %s", member.name, why)

@@ -6,6 +6,7 @@ import logging
 import queue
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import grpc
@@ -133,7 +134,7 @@ class CoordinatorServicer(pb_grpc.CoordinatorServicer):
     def _read(self, requests: Iterator[pb.SessionRequest], member: MemberState, mine: _Queue) -> None:
         try:
             for request in requests:
-                self._loop.post(lambda now, request=request: self._event(member, request, mine, now))
+                self._loop.post(partial(self._event, member, request, mine))
         except grpc.RpcError:
             pass
         finally:

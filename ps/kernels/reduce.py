@@ -148,11 +148,50 @@ def _mean(total: Any, divisor: Any, reciprocal: Any, out: Any) -> None:
 
 
 @inner
-def _mean_of_two(g0: Any, k0: Any, g1: Any, k1: Any, divisor: Any, reciprocal: Any, out: Any) -> None:
-    """The usual case, without a detour through a buffer."""
+def _mean_of_one(g0: Any, k0: Any, divisor: Any, reciprocal: Any, out: Any) -> None:
     for i in range(out.size):
-        first = 0.0 + k0 * np.float64(widen(g0[i]))
-        out[i] = _quotient(first + k1 * np.float64(widen(g1[i])), divisor, reciprocal)
+        out[i] = _quotient(0.0 + k0 * np.float64(widen(g0[i])), divisor, reciprocal)
+
+
+@inner
+def _mean_of_two(g0: Any, g1: Any, k: Any, divisor: Any, reciprocal: Any, out: Any) -> None:
+    for i in range(out.size):
+        total = 0.0 + k[0] * np.float64(widen(g0[i]))
+        total = total + k[1] * np.float64(widen(g1[i]))
+        out[i] = _quotient(total, divisor, reciprocal)
+
+
+@inner
+def _mean_of_three(g0: Any, g1: Any, g2: Any, k: Any, divisor: Any, reciprocal: Any, out: Any) -> None:
+    for i in range(out.size):
+        total = 0.0 + k[0] * np.float64(widen(g0[i]))
+        total = total + k[1] * np.float64(widen(g1[i]))
+        total = total + k[2] * np.float64(widen(g2[i]))
+        out[i] = _quotient(total, divisor, reciprocal)
+
+
+@inner
+def _mean_of_four(g0: Any, g1: Any, g2: Any, g3: Any, k: Any, divisor: Any, reciprocal: Any, out: Any) -> None:
+    for i in range(out.size):
+        total = 0.0 + k[0] * np.float64(widen(g0[i]))
+        total = total + k[1] * np.float64(widen(g1[i]))
+        total = total + k[2] * np.float64(widen(g2[i]))
+        total = total + k[3] * np.float64(widen(g3[i]))
+        out[i] = _quotient(total, divisor, reciprocal)
+
+
+@inner
+def _mean_of_all(count: Any, g: Any, k: Any, low: Any, divisor: Any, reciprocal: Any, out: Any) -> None:
+    """Without an accumulator the sum never leaves the registers."""
+    high = low + out.size
+    if count == 1:
+        _mean_of_one(g[0][low:high], k[0], divisor, reciprocal, out)
+    elif count == 2:
+        _mean_of_two(g[0][low:high], g[1][low:high], k, divisor, reciprocal, out)
+    elif count == 3:
+        _mean_of_three(g[0][low:high], g[1][low:high], g[2][low:high], k, divisor, reciprocal, out)
+    else:
+        _mean_of_four(g[0][low:high], g[1][low:high], g[2][low:high], g[3][low:high], k, divisor, reciprocal, out)
 
 
 @inner
@@ -201,16 +240,13 @@ def _reduce(
         for low in range(segment * SEGMENT, end, _BLOCK):
             high = min(low + _BLOCK, end)
             out = mean[low:high]
-            if count == 2 and not has_start:
-                _mean_of_two(g[0][low:high], k[0], g[1][low:high], k[1], divisor, reciprocal, out)
-            else:
+            if has_start:
                 total = buffer[: high - low]
-                if has_start:
-                    total[:] = start[low:high]
-                else:
-                    total[:] = 0.0
+                total[:] = start[low:high]
                 _add_all(total, low, count, g, k)
                 _mean(total, divisor, reciprocal, out)
+            else:
+                _mean_of_all(count, g, k, low, divisor, reciprocal, out)
             _add_squares(out, lanes)
         square_sum = 0.0
         for lane in range(LANES):

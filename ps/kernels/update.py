@@ -290,7 +290,8 @@ def _apply(
         while run < starts.size and starts[run] < high:
             a, b, group = max(starts[run], low), min(stops[run], high), groups[run]
             if present[run]:
-                round_to_wire(weights[done:a], published[done:a])
+                if a > done:
+                    round_to_wire(weights[done:a], published[done:a])
                 done = b
                 w, out, gradient, multiplier = weights[a:b], published[a:b], mean[a:b], scalars[0]
                 if penalties[group] != np.float32(0):
@@ -315,7 +316,8 @@ def _apply(
             if stops[run] > high:
                 break
             run += 1
-        round_to_wire(weights[done:high], published[done:high])
+        if high > done:
+            round_to_wire(weights[done:high], published[done:high])
         if high - low == BLOCK:
             total += hash_block(words, words1, words2, low // BLOCK, start)
     return total + hash_tail(weights, first, second, start)

@@ -246,7 +246,7 @@ class StepProtocol:
         self._unpublished = {chunk.index for chunk in chunks}
         return chunks
 
-    def present(self, chunk: Chunk) -> np.ndarray:  # type: ignore[type-arg]
+    def present(self, chunk: Chunk) -> np.ndarray:
         """Which runs of a chunk had a gradient in any contribution, as booleans."""
         bits = self._reductions[chunk.index].present.to_bytes(chunk.presence_bytes, "little")
         return np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")[: len(chunk.runs)].astype(bool)

@@ -24,7 +24,7 @@ class Held:
 
     contribution: int
     slots: int
-    gradient: np.ndarray  # type: ignore[type-arg]
+    gradient: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ChunkReduction:
     #: Payload hash of every contribution that has come.
     hashes: dict[int, bytes] = field(default_factory=dict)
     present: int = 0
-    accumulator: np.ndarray | None = None  # type: ignore[type-arg]
+    accumulator: np.ndarray | None = None
     reduced: bool = False
     _waiting: list[Held] = field(default_factory=list)
     _folded: int = 0

@@ -24,7 +24,7 @@ MAX_COPY_BYTES = 256 << 20
 #: A disk that takes longer than this for one chunk has failed.
 STALL_S = 120.0
 
-Arrays = dict[str, np.ndarray]  # type: ignore[type-arg]
+Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)

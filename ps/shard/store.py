@@ -18,7 +18,7 @@ from ps.wire import frame
 from ps.wire.messages import Weights
 
 
-def _zeros(size: int) -> np.ndarray:  # type: ignore[type-arg]
+def _zeros(size: int) -> np.ndarray:
     """FP32 zeros that cost nothing until they are touched, in huge pages where the system has them."""
     memory = mmap.mmap(-1, max(4 * size, 1))
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -57,25 +57,25 @@ class Store:
         self._hashes = dict.fromkeys(self._offsets, 0)
         self.published: dict[int, Published] = {}
 
-    def _slice(self, array: np.ndarray, chunk: Chunk) -> np.ndarray:  # type: ignore[type-arg]
+    def _slice(self, array: np.ndarray, chunk: Chunk) -> np.ndarray:
         start = self._offsets[chunk.index]
         return array[start : start + chunk.size]
 
-    def weights(self, chunk: Chunk) -> np.ndarray:  # type: ignore[type-arg]
+    def weights(self, chunk: Chunk) -> np.ndarray:
         return self._slice(self._weights, chunk)
 
-    def moments(self, chunk: Chunk) -> list[np.ndarray]:  # type: ignore[type-arg]
+    def moments(self, chunk: Chunk) -> list[np.ndarray]:
         return [self._slice(array, chunk) for array in self._moments.values()]
 
-    def arrays(self, chunk: Chunk) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+    def arrays(self, chunk: Chunk) -> dict[str, np.ndarray]:
         """Everything that a checkpoint holds of a chunk, by name."""
         named = zip(self.moment_names, self.moments(chunk), strict=True)
         return {"weights": self.weights(chunk), **dict(named)}
 
-    def mean(self, chunk: Chunk) -> np.ndarray:  # type: ignore[type-arg]
+    def mean(self, chunk: Chunk) -> np.ndarray:
         return self._slice(self._mean, chunk)
 
-    def square_sums(self, chunk: Chunk) -> np.ndarray:  # type: ignore[type-arg]
+    def square_sums(self, chunk: Chunk) -> np.ndarray:
         return self._square_sums[chunk.index]
 
     def all_square_sums(self) -> tuple[float, ...]:
@@ -86,7 +86,7 @@ class Store:
         """64-bit hash of weights and moments, whatever the chunks."""
         return sum(self._hashes.values()) & (2**64 - 1)
 
-    def apply(self, chunk: Chunk, present: np.ndarray, decision: Decision) -> Published:  # type: ignore[type-arg]
+    def apply(self, chunk: Chunk, present: np.ndarray, decision: Decision) -> Published:
         """Carry out a decision on one chunk, and encode its new weights."""
         draft = self._draft(chunk, decision.applied)
         self._hashes[chunk.index] = self.update.apply(

@@ -151,9 +151,7 @@ def _place(sizes: list[int], num_shards: int) -> list[int]:
     return placement
 
 
-def _runs(
-    table: ParameterTable, offsets: list[int], borders: list[tuple[int, int]]
-) -> list[tuple[Run, ...]]:
+def _runs(table: ParameterTable, offsets: list[int], borders: list[tuple[int, int]]) -> list[tuple[Run, ...]]:
     runs: list[list[Run]] = [[] for _ in borders]
     length = borders[0][1] - borders[0][0]
     for index, (tensor, offset) in enumerate(zip(table.tensors, offsets, strict=True)):

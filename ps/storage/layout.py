@@ -129,7 +129,5 @@ def _folders(checkpoint_dir: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise StorageError(
-            f"the checkpoint folder {checkpoint_dir} cannot be read: {reason(error)}"
-        ) from error
+        raise StorageError(f"the checkpoint folder {checkpoint_dir} cannot be read: {reason(error)}") from error
     return [folder for _, folder in sorted(found)]

@@ -100,9 +100,7 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointNotFound(
-            f"{folder} is not a complete checkpoint: it has no {MANIFEST_NAME}"
-        ) from None
+        raise CheckpointNotFound(f"{folder} is not a complete checkpoint: it has no {MANIFEST_NAME}") from None
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {reason(error)}") from error
     return decode(data, path), hashlib.sha256(data).hexdigest()
@@ -225,9 +223,7 @@ def _decode(data: bytes, folder: str) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise _Wrong(f"not JSON ({error})") from None
     if (number := fields.get("format", int)) != FORMAT:
-        raise _Wrong(
-            f"format {number}; this version of Windlass reads format {FORMAT}: use the one that wrote it"
-        )
+        raise _Wrong(f"format {number}; this version of Windlass reads format {FORMAT}: use the one that wrote it")
     scaler = _Fields(fields.get("scaler", dict), "'scaler'")
     manifest = Manifest(
         version=fields.count("version"),
@@ -235,9 +231,7 @@ def _decode(data: bytes, folder: str) -> Manifest:
         skipped=fields.count("skipped"),
         run_id=fields.get("run_id", str),
         contributions=fields.count("contributions", 1),
-        scaler=ScalerState(
-            scaler.get("scale", float), scaler.get("hysteresis", int), scaler.get("last_overflow", int)
-        ),
+        scaler=ScalerState(scaler.get("scale", float), scaler.get("hysteresis", int), scaler.get("last_overflow", int)),
         table=_table(fields.get("table", list)),
         num_shards=fields.count("num_shards", 1),
         plan_digest=fields.get("plan_digest", str),
@@ -254,9 +248,7 @@ def _decode(data: bytes, folder: str) -> Manifest:
 
 def _check_consistent(manifest: Manifest, folder: str) -> None:
     if manifest.version != manifest.applied + manifest.skipped:
-        raise _Wrong(
-            f"'version' {manifest.version} is not 'applied' {manifest.applied} + 'skipped' {manifest.skipped}"
-        )
+        raise _Wrong(f"'version' {manifest.version} is not 'applied' {manifest.applied} + 'skipped' {manifest.skipped}")
     if len(manifest.files) != manifest.num_shards:
         raise _Wrong(f"{len(manifest.files)} files for {manifest.num_shards} shards")
     name = re.fullmatch(r"step-(\d+)", folder)

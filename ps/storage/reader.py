@@ -58,10 +58,7 @@ class CheckpointReader:
     def files_for(self, ranges: Iterable[tuple[int, int]]) -> tuple[ShardFile, ...]:
         """Return the files that hold these ranges [start, stop) of the flat space."""
         shards = {
-            chunk.shard
-            for start, stop in ranges
-            if start < stop
-            for chunk in self.plan.chunks_between(start, stop)
+            chunk.shard for start, stop in ranges if start < stop for chunk in self.plan.chunks_between(start, stop)
         }
         return tuple(self.manifest.files[shard] for shard in sorted(shards))
 

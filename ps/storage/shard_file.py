@@ -111,9 +111,7 @@ class ShardFileWriter:
             raise ValueError(f"{name}: all {self._next} declared arrays are written")
         due, length = self._arrays[self._next]
         if name != due or values.shape != (length,) or values.dtype != np.dtype("<f4"):
-            raise ValueError(
-                f"{name}: {values.dtype}{list(values.shape)} where {due}: float32[{length}] was declared"
-            )
+            raise ValueError(f"{name}: {values.dtype}{list(values.shape)} where {due}: float32[{length}] was declared")
         try:
             self._write(np.ascontiguousarray(values).data.cast("B"))
         except OSError as error:
@@ -221,9 +219,7 @@ class ShardFileReader:
             raise CheckpointDamaged(f"{self.path} holds no {name}")
         offset, length = self._places[name]
         if skip + out.size > length:
-            raise CheckpointDamaged(
-                f"{self.path}: {name} has {length} elements, not the {skip + out.size} of the plan"
-            )
+            raise CheckpointDamaged(f"{self.path}: {name} has {length} elements, not the {skip + out.size} of the plan")
         if self._fd is None:
             raise ValueError(f"{self.path} is closed")
         try:
@@ -271,9 +267,7 @@ class ShardFileReader:
                     raise CheckpointDamaged(f"{self.path} has {size} bytes and is cut: {name} ends later")
                 places[name] = (data_start + begin, elements)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointDamaged(
-                f"{self.path}: the header is not of a safetensors file: {error}"
-            ) from error
+            raise CheckpointDamaged(f"{self.path}: the header is not of a safetensors file: {error}") from error
         return places
 
 

@@ -49,9 +49,9 @@ def _prefix(header: Mapping[str, Any], payload_bytes: int) -> bytes:
     raise AssertionError("some pad of 0..31 bytes always aligns")
 
 
-def encode(header: Mapping[str, Any], payload: bytes | memoryview | np.ndarray = b"") -> bytes:  # type: ignore[type-arg]
+def encode(header: Mapping[str, Any], payload: bytes | memoryview | np.ndarray = b"") -> bytes:
     """Encode a frame; the payload is copied once."""
-    view = memoryview(payload)
+    view = payload.data if isinstance(payload, np.ndarray) else memoryview(payload)
     if view.nbytes and view.format != "B":
         view = view.cast("B")
     return b"".join((_prefix(header, view.nbytes), view))
@@ -64,12 +64,12 @@ class Draft:
     saves a copy of every published weight and every pushed gradient.
     """
 
-    def __init__(self, header: Mapping[str, Any], dtype: np.dtype, size: int) -> None:  # type: ignore[type-arg]
+    def __init__(self, header: Mapping[str, Any], dtype: np.dtype, size: int) -> None:
         prefix = _prefix(header, size * dtype.itemsize)
         self._prefix_bytes = len(prefix)
         #: The frame; sent once it is filled.
         self.data: bytes = _new_bytes(None, len(prefix) + size * dtype.itemsize)
-        self._room = (ctypes.c_char * len(self.data)).from_address(id(self.data) + _BYTES_OFFSET)
+        self._room = memoryview((ctypes.c_ubyte * len(self.data)).from_address(id(self.data) + _BYTES_OFFSET)).cast("B")
         self._room[: len(prefix)] = prefix
         #: Writable, dtype[size].
         self.payload = np.frombuffer(self._room, dtype, size, len(prefix))

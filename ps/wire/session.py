@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grpc
 
@@ -66,7 +67,7 @@ class Session:
         attempt = 0
         while True:
             try:
-                response = self._stub.Register(
+                response: pb.RegisterResponse = self._stub.Register(
                     pb.RegisterRequest(member=self.member, run=self.run), timeout=CALL_TIMEOUT_S
                 )
                 break
@@ -88,7 +89,7 @@ class Session:
         """Connect in the background and stay connected; `register` comes first."""
         self._thread.start()
 
-    def send(self, **event: object) -> None:
+    def send(self, **event: Any) -> None:
         """Send one event, by its field name in SessionRequest. Lost when the stream is down."""
         self._outbox.put(pb.SessionRequest(**event))
 
@@ -133,7 +134,8 @@ class Session:
     def _connect(self) -> bool:
         """One connection, until it breaks; True when the coordinator answered at all."""
         self.register(timeout_s=0.0)
-        self._outbox = outbox = queue.SimpleQueue()
+        outbox: queue.SimpleQueue[pb.SessionRequest | None] = queue.SimpleQueue()
+        self._outbox = outbox
         outbox.put(pb.SessionRequest(hello=pb.Hello(member=self.member, run=self.run)))
         answered = False
         self._call = call = self._stub.Session(self._requests(outbox))

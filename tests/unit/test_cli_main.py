@@ -83,6 +83,7 @@ def test_train_refuses_a_folder_with_a_run_and_says_how_to_go_on(
 def role(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Role commands without what they do to their process, and with a role that records its start."""
     monkeypatch.setattr(environment, "enter", lambda _role: None)
+    monkeypatch.setattr(roles, "_end", lambda code: code)
     monkeypatch.setattr(logs, "configure", lambda *_: None)
     monkeypatch.setattr(Lifeline, "from_environment", classmethod(lambda _: None))
     started: list[object] = []

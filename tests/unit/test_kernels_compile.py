@@ -102,8 +102,7 @@ def test_without_a_writable_cache_kernels_are_compiled_and_work(tmp_path):
 WARM = "from ps.kernels.compile import warm_up_worker as w; from ps.types import WireDtype as D; w(D.BF16)"
 
 
-@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
-@pytest.mark.parametrize("kept_bytes", [0, 100])
+@pytest.mark.parametrize(("suffix", "kept_bytes"), [("nbi", 0), ("nbc", 100)])
 def test_a_damaged_cache_is_made_anew(tmp_path, suffix, kept_bytes):
     run_python(WARM, NUMBA_CACHE_DIR=str(tmp_path))
     files = list(tmp_path.rglob(f"*.{suffix}"))

@@ -74,6 +74,16 @@ def test_mean_and_statistics_equal_numpy_bit_for_bit(dtype, count, with_accumula
         np.testing.assert_array_equal(square_sums, expected_square_sums(expected))
 
 
+@pytest.mark.parametrize("total", [49, 107, 187])
+def test_the_mean_is_divided_and_not_multiplied_by_a_reciprocal(total):
+    """Exact quotients halfway between two floats, where the reciprocal's error would show."""
+    odd = 2 * np.random.default_rng(0).integers(0, 2**23, 3000) + 1
+    ties = 1 + odd * 2.0**-24
+    assert ((ties * total * (1 / total)).astype(np.float32) != ties.astype(np.float32)).any()
+    mean, _ = reduced([], [], ties * total, total, WireDtype.FP32, 3000)
+    np.testing.assert_array_equal(mean, ties.astype(np.float32))
+
+
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_fp16_is_the_same_in_every_order(count):
     gradients, weights = make_gradients(count, 5000, WireDtype.FP16), [8000, 1, 150, 41][:count]

@@ -152,6 +152,7 @@ def test_role_environment_keeps_what_the_user_has_set() -> None:
     plain = role_environment({}, Role.WORKER, glibc=False)
     assert "GLIBC_TUNABLES" not in plain
     assert "OMP_NUM_THREADS" not in plain
+    assert plain["GRPC_VERBOSITY"] == "NONE"
 
 
 def record(level: str, message: str, **more: str) -> str:

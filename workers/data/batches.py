@@ -43,9 +43,7 @@ class TokenBatches:
 
     def batch(self, step: int, slot: int) -> Tokens:
         """Return the tokens of one slot: int64 [B, L+1]."""
-        indices_B = slot_indices(
-            self._seed, step, slot, self._slots_per_step, self._micro_batch_size, self.num_windows
-        )
+        indices_B = slot_indices(self._seed, step, slot, self._slots_per_step, self._micro_batch_size, self.num_windows)
         return _windows(self._tokens, indices_B, self._sequence_length)
 
 

@@ -210,15 +210,11 @@ def _build(
     return prepared
 
 
-def _write(
-    folder: Path, files: Sequence[Path], source_digest: str, config: DataConfig, progress: Progress
-) -> None:
+def _write(folder: Path, files: Sequence[Path], source_digest: str, config: DataConfig, progress: Progress) -> None:
     keys = [DocumentKey.of(document) for document in source.documents(files)]
     total_bytes = sum(key.num_bytes for key in keys)
     split = choose(keys, config.validation_fraction)
-    progress(
-        f"training a tokenizer of {config.vocab_size} entries on {len(keys)} documents, {total_bytes:,} bytes"
-    )
+    progress(f"training a tokenizer of {config.vocab_size} entries on {len(keys)} documents, {total_bytes:,} bytes")
     tokenizer = bpe.train(
         (split.divide(index, document)[0] for index, document in enumerate(source.documents(files))),
         total_bytes,

@@ -43,9 +43,7 @@ def collect(paths: Sequence[Path]) -> list[Path]:
         else:
             files.append(path)
     if not files:
-        raise DataError(
-            f"data.paths: no {' or '.join(SUFFIXES)} file in {', '.join(str(path) for path in paths)}"
-        )
+        raise DataError(f"data.paths: no {' or '.join(SUFFIXES)} file in {', '.join(str(path) for path in paths)}")
     return files
 
 

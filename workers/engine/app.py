@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import socket
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -15,6 +16,7 @@ from protos.ps.v1.common_pb2 import Member
 from ps.client.client import ParameterClient
 from ps.client.grpc_transport import GrpcTransport
 from ps.client.links import Inbox, Said
+from ps.client.transport import Transport
 from ps.config import from_json
 from ps.kernels.compile import warm_up_worker
 from ps.sharding import make_plan
@@ -34,6 +36,28 @@ from workers.models.groups import parameter_table
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Joined:
+    """A worker that has been taken in, with its data and its model."""
+
+    worker: Worker
+    session: Session
+    client: ParameterClient
+
+    def run(self) -> str:
+        """Work until the end; returns why it ended.
+
+        Raises:
+            PsError: why it could not go on.
+        """
+        self.session.start()
+        try:
+            return self.worker.run()
+        finally:
+            self.client.close()
+            self.session.close()
+
+
 def run(
     coordinator: str,
     rank: int | None,
@@ -46,6 +70,28 @@ def run(
     Raises:
         PsError: why it could not start, or ended; one line.
     """
+    metrics_address = serve_metrics(metrics_listen) if metrics_listen else ""
+    joined = join(coordinator, rank, device_name, metrics_address, GrpcTransport(), start_timeout_s)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: joined.worker.leave())
+    reason = joined.run()
+    log.info("worker %d ends: %s", joined.session.member.rank, reason)
+    return 0
+
+
+def join(
+    coordinator: str,
+    rank: int | None,
+    device_name: str | None,
+    metrics_address: str,
+    transport: Transport,
+    start_timeout_s: float,
+) -> Joined:
+    """Register, and prepare everything that the run needs of this worker.
+
+    Raises:
+        PsError: why it could not; one line.
+    """
     inbox = Inbox()
     incarnation = random.SystemRandom().getrandbits(62) + 1
     member = Member(
@@ -54,7 +100,7 @@ def run(
         incarnation=incarnation,
         pid=os.getpid(),
         host=socket.gethostname(),
-        metrics_address=serve_metrics(metrics_listen) if metrics_listen else "",
+        metrics_address=metrics_address,
     )
     model_message: list[pb.Model] = []
 
@@ -67,22 +113,21 @@ def run(
     job = from_json(JobConfig, response.job)
     session.doing("loading the data and the model")
     data = prepare(job.data)
-    worker, client, message = _build(job, data, session, inbox, device_name or job.worker.device, incarnation)
+    worker, client, message = _build(
+        job, data, session, inbox, transport, device_name or job.worker.device, incarnation
+    )
     model_message.append(message)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: worker.leave())
-    session.start()
-    try:
-        reason = worker.run()
-    finally:
-        client.close()
-        session.close()
-    log.info("worker %d ends: %s", response.rank, reason)
-    return 0
+    return Joined(worker, session, client)
 
 
 def _build(
-    job: JobConfig, data: PreparedData, session: Session, inbox: Inbox, device_name: str, incarnation: int
+    job: JobConfig,
+    data: PreparedData,
+    session: Session,
+    inbox: Inbox,
+    transport: Transport,
+    device_name: str,
+    incarnation: int,
 ) -> tuple[Worker, ParameterClient, pb.Model]:
     chosen = device.choose(device_name)
     device.prepare(chosen, job.worker.threads)
@@ -104,6 +149,7 @@ def _build(
     slots = job.batch.micro_batches_per_step
     held_out = HeldOut(data, job.data.sequence_length, job.evaluation.max_sequences, contributions)
     contributor = Contributor(
+        module,
         flat,
         TokenBatches(data, job.data.sequence_length, job.batch.micro_batch_size, job.seed, slots),
         held_out,
@@ -113,7 +159,7 @@ def _build(
         job.batch.micro_batch_size,
         accumulate_fp16,
     )
-    client = ParameterClient(GrpcTransport(), inbox, int(session.member.rank), incarnation, table, flat)
+    client = ParameterClient(transport, inbox, int(session.member.rank), incarnation, table, flat)
     worker = Worker(session, inbox, client, flat, contributor, slots, wire)
     log.info("%d parameters in %s on %s", table.num_parameters, dtype, chosen)
     message = pb.Model(table=table.packed(), data_digest=data.digest, evaluation_parts=contributions)

@@ -13,6 +13,7 @@ from workers.data.sampling import slot_seed
 from workers.engine import device
 from workers.engine.flat_model import FlatModel
 from workers.models.evaluate import evaluate_windows
+from workers.models.gpt import GPT
 
 
 class Batches(Protocol):
@@ -36,6 +37,7 @@ class Contributor:
 
     def __init__(
         self,
+        model: GPT,
         flat: FlatModel,
         batches: Batches,
         held_out: HeldOut,
@@ -45,6 +47,7 @@ class Contributor:
         evaluation_batch: int,
         accumulate_fp16: bool,
     ) -> None:
+        self._model = model
         self._flat = flat
         self._batches = batches
         self._held_out = held_out
@@ -64,12 +67,12 @@ class Contributor:
         slots = slot_range(contribution, self._contributions, self._slots)
         flat.clear(divide=not self._accumulate_fp16)
         factor = loss_scale / len(slots) if self._accumulate_fp16 else loss_scale
-        flat.module.train()
+        self._model.train()
         losses, tokens = [], 0
         for slot in slots:
             batch_BT = device.upload(self._batches.batch(step, slot), flat.device)
             device.seed(slot_seed(self._seed, step, slot))
-            loss = flat.module.loss(batch_BT)
+            loss = self._model.loss(batch_BT)
             (loss * factor).backward()
             losses.append(loss.detach().double())
             tokens += batch_BT.shape[0] * (batch_BT.shape[1] - 1)
@@ -79,5 +82,5 @@ class Contributor:
     def evaluate(self, part: int) -> tuple[float, int, int]:
         """Evaluate one part of the held-out data: (loss sum in nats, tokens, bytes of text)."""
         windows = self._held_out.part(part)
-        loss_sum, tokens = evaluate_windows(self._flat.module, windows, self._evaluation_batch)
+        loss_sum, tokens = evaluate_windows(self._model, windows, self._evaluation_batch)
         return loss_sum, tokens, self._held_out.bytes_of(part)

@@ -20,7 +20,7 @@ from ps.types import WireDtype
 _TORCH = {WireDtype.FP16: torch.float16, WireDtype.BF16: torch.bfloat16, WireDtype.FP32: torch.float32}
 _COMPUTE = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
-Array = np.ndarray  # type: ignore[type-arg]
+Array = np.ndarray
 
 
 def choose(wanted: str) -> torch.device:

@@ -17,7 +17,7 @@ from ps.sharding import Chunk, Plan
 from ps.types import WireDtype
 from workers.engine.device import Mover, mover
 
-Array = np.ndarray  # type: ignore[type-arg]
+Array = np.ndarray
 
 
 class FlatModel:
@@ -85,6 +85,7 @@ class FlatModel:
 
         def hook(parameter: torch.Tensor) -> None:
             self._touched[index] = True
+            assert parameter.grad is not None, "the hook runs after the gradient has come"
             gradient.add_(parameter.grad)
             parameter.grad = None
 

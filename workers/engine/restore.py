@@ -114,4 +114,6 @@ def write(restored: Restored, prompt: str, tokens: int, temperature: float, top_
     tokenizer = restored.data.tokenizer()
     end = tokenizer.token_to_id(END_OF_TEXT)
     given = tokenizer.encode(prompt).ids or [end]
-    return prompt + decode(tokenizer, generate(restored.model, given, tokens, temperature, top_k, seed, end))
+    # A text that is only begun may well be short: then the next one follows.
+    stop = end if prompt else None
+    return prompt + decode(tokenizer, generate(restored.model, given, tokens, temperature, top_k, seed, stop))

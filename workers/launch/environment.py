@@ -47,6 +47,8 @@ def role_environment(base: Mapping[str, str], role: Role, glibc: bool) -> dict[s
         for name in ONE_THREAD:
             environment.setdefault(name, "1")
     environment.setdefault("PYTHONUNBUFFERED", "1")
+    # What goes wrong comes as an exception and is said in one line; grpc's own lines would stand beside it.
+    environment.setdefault("GRPC_VERBOSITY", "NONE")
     return environment
 
 

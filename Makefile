@@ -1,0 +1,69 @@
+# What CI runs and what people type; `make help` lists it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# A chosen torch build, for example `make setup TORCH_INDEX=URL` with the index of a CUDA or CPU build.
+TORCH_INDEX ?=
+STAMP := $(VENV)/.installed
+PROTO_VENV ?= .venv-protos
+# The oldest grpcio-tools whose stubs the supported runtimes accept.
+GRPCIO_TOOLS := 1.76.0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test check lint types imports protos protos-check format bench clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP)  ## Make the virtual environment and install everything
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifneq ($(TORCH_INDEX),)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --index-url $(TORCH_INDEX) torch
+endif
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[worker,dev]'
+	@touch $@
+
+train: setup  ## Train the default GPT on this host: 1 coordinator, 2 shards, 2 workers
+	$(BIN)/windlass train
+
+test: setup  ## Run all tests
+	$(BIN)/python -m pytest -q
+
+check: setup lint types imports protos-check  ## Everything that reads the code: ruff, mypy, import-linter, stub drift
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+imports: setup
+	$(BIN)/lint-imports --no-cache
+
+$(PROTO_VENV)/.installed:
+	$(PYTHON) -m venv $(PROTO_VENV)
+	$(PROTO_VENV)/bin/python -m pip install --quiet grpcio-tools==$(GRPCIO_TOOLS) setuptools
+	@touch $@
+
+protos: $(PROTO_VENV)/.installed  ## Make the stubs from protos/ps/v1/*.proto
+	PYTHON=$(PROTO_VENV)/bin/python protos/generate.sh
+
+protos-check: $(PROTO_VENV)/.installed
+	@fresh=$$(mktemp -d) && PYTHON=$(PROTO_VENV)/bin/python protos/generate.sh "$$fresh" && \
+	for stub in protos/ps/v1/*_pb2*; do \
+		cmp "$$stub" "$$fresh/$$stub" || { echo "$$stub differs from its .proto: run make protos"; exit 1; }; \
+	done && rm -r "$$fresh"
+
+format: setup  ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup  ## Run the benchmarks; each prints a table and writes JSON
+	$(BIN)/python benchmarks/bench_exchange.py
+	$(BIN)/python benchmarks/bench_memory.py
+
+clean:  ## Remove what the targets made, but no run
+	rm -rf $(VENV) $(PROTO_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
