@@ -21,7 +21,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_job(text: Path, tmp_path: Path) -> MakeJob:
     """Make the small job: `make_job(name, *overrides)`; names are run folders."""
 

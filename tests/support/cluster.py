@@ -194,9 +194,7 @@ class _Roles:
         return ", ".join(thread.name for thread in self._alive())
 
 
-def train(
-    job: JobConfig, transport: Callable[[], Transport] = GrpcTransport, timeout_s: float = TIMEOUT_S
-) -> Finished:
+def train(job: JobConfig, transport: Callable[[], Transport] = GrpcTransport, timeout_s: float = TIMEOUT_S) -> Finished:
     """Run a job to its end.
 
     Args:

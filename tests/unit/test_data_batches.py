@@ -33,8 +33,7 @@ def test_a_pass_reads_every_training_window_once(prepared: PreparedData) -> None
     assert batches.num_windows == (prepared.train_tokens - 1) // LENGTH
     tokens = prepared.train()
     expected = sorted(
-        tuple(tokens[start : start + LENGTH + 1].tolist())
-        for start in range(0, batches.num_windows * LENGTH, LENGTH)
+        tuple(tokens[start : start + LENGTH + 1].tolist()) for start in range(0, batches.num_windows * LENGTH, LENGTH)
     )
     read = [batches.batch(n // 2, n % 2) for n in range(-(-batches.num_windows // 4))]
     assert all(batch.shape == (4, LENGTH + 1) and batch.dtype == np.int64 for batch in read)

@@ -119,9 +119,7 @@ def test_token_bytes_add_up(tmp_path: Path) -> None:
     assert prepared.token_bytes()[prepared.validation()].sum() == prepared.validation_bytes
 
 
-def test_a_large_document_is_encoded_in_pieces_that_join(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_document_is_encoded_in_pieces_that_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(split, "PIECE_BYTES", 100)
     monkeypatch.setattr(bpe, "_BATCH_BYTES", 1000)
     text = english(50) + "无换行" * 500 + english(50)

@@ -41,9 +41,7 @@ def test_every_window_comes_once_in_each_pass(
 
 def test_the_order_does_not_depend_on_how_samples_are_dealt() -> None:
     one = np.concatenate([slot_indices(7, 0, slot, 8, 4, 1000) for slot in range(8)])
-    other = np.concatenate(
-        [slot_indices(7, step, slot, 2, 8, 1000) for step in range(2) for slot in range(2)]
-    )
+    other = np.concatenate([slot_indices(7, step, slot, 2, 8, 1000) for step in range(2) for slot in range(2)])
     assert one.dtype == np.int64
     assert one.tolist() == other.tolist()
 

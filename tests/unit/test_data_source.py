@@ -81,9 +81,7 @@ def test_json_lines_are_a_document_each(tmp_path: Path) -> None:
 
 def test_text_is_kept_byte_for_byte(tmp_path: Path) -> None:
     content = "\ufeffa\r\n\r\n  b\x00<|endoftext|>\n".encode()
-    assert list(documents([write(tmp_path / "a.txt", content), write(tmp_path / "empty.txt", "")])) == [
-        content
-    ]
+    assert list(documents([write(tmp_path / "a.txt", content), write(tmp_path / "empty.txt", "")])) == [content]
 
 
 @pytest.mark.parametrize(

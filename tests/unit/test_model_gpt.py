@@ -12,9 +12,7 @@ from torch import Tensor
 from workers.config import ModelConfig
 from workers.models.gpt import GPT
 
-CONFIG = ModelConfig.model_validate(
-    {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48}
-)
+CONFIG = ModelConfig.model_validate({"num_layers": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48})
 VOCAB, LENGTH = 50, 12
 
 
@@ -91,9 +89,7 @@ def test_logits_are_llamas() -> None:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
     inputs = tokens()[:, :-1]
-    torch.testing.assert_close(
-        model(inputs), llama(model.state_dict(), model.config, inputs), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(model(inputs), llama(model.state_dict(), model.config, inputs), rtol=1e-4, atol=1e-4)
 
 
 def test_the_default_model_has_at_least_3m_parameters() -> None:

@@ -7,9 +7,10 @@ import os
 import random
 import signal
 import socket
+from functools import partial
 from dataclasses import dataclass
 
-from torch import nn
+import torch
 
 from protos.ps.v1 import coordinator_pb2 as pb
 from protos.ps.v1.common_pb2 import Member
@@ -136,15 +137,11 @@ def _build(
     warm_up_worker(wire)
     accumulate_fp16 = job.precision.accumulate == "fp16"
 
-    def make_initialized() -> nn.Module:
-        model = GPT(job.model, data.vocab_size, job.data.sequence_length)
-        model.initialize(job.seed)
-        return model
-
-    module = GPT(job.model, data.vocab_size, job.data.sequence_length)
+    with torch.device("meta"):
+        module = GPT(job.model, data.vocab_size, job.data.sequence_length)
     table = parameter_table(module, job.optimizer.decay_all)
     plan = make_plan(table, job.cluster.shards)
-    flat = FlatModel(module, plan, chosen, dtype, wire, accumulate_fp16, make_initialized)
+    flat = FlatModel(module, plan, chosen, dtype, wire, accumulate_fp16, partial(module.initial_value, seed=job.seed))
     contributions = job.contributions
     slots = job.batch.micro_batches_per_step
     held_out = HeldOut(data, job.data.sequence_length, job.evaluation.max_sequences, contributions)

@@ -31,21 +31,23 @@ class FlatModel:
         dtype: torch.dtype,
         wire: WireDtype,
         accumulate_fp16: bool,
-        make_initialized: Callable[[], nn.Module],
+        initial_value: Callable[[str], torch.Tensor],
     ) -> None:
         """Move the module to the device and its parameters into the flat buffers.
 
         Args:
-            module: the model; its present values are dropped.
+            module: the model; its present values are dropped. Made on torch's meta device it costs no
+                memory before this.
             dtype: of weights, forward and backward.
             accumulate_fp16: gradients add up in `dtype` (FP16) instead of FP32.
-            make_initialized: makes an FP32 copy of the module, on the CPU, with its initial values.
+            initial_value: a parameter's initial value by its name, FP32 on the CPU.
         """
         self.module = module
         self.plan = plan
         self.device = device
-        self._make_initialized = make_initialized
-        self._initialized: dict[str, torch.Tensor] | None = None
+        self._initial_value = initial_value
+        #: The initial value that was asked for last: neighbouring chunks share a tensor.
+        self._initial: tuple[str, torch.Tensor] | None = None
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if [t.name for t in plan.table.tensors] != list(self._parameters):
             raise ConfigError("the model's trainable parameters are not those of the plan's table")
@@ -61,9 +63,8 @@ class FlatModel:
     def _bind(self, dtype: torch.dtype) -> None:
         views = zip(self.plan.table.tensors, self.plan.offsets, strict=True)
         for index, (tensor, offset) in enumerate(views):
-            parameter = self._parameters[tensor.name]
             window = slice(offset, offset + tensor.size)
-            parameter.data = self.weights[window].view(tensor.shape)
+            parameter = self._place(tensor.name, self.weights[window].view(tensor.shape))
             gradient = self.gradients[window].view(tensor.shape)
             if self.gradients.dtype is dtype:
                 # Autograd adds in place to a gradient that is there already.
@@ -73,6 +74,19 @@ class FlatModel:
                 parameter.register_post_accumulate_grad_hook(self._add(index, gradient))
         # What is not trained (buffers, frozen parameters) moves along as it is.
         self.module.to(self.device)
+
+    def _place(self, name: str, view: torch.Tensor) -> nn.Parameter:
+        """Make a parameter a view, wherever the module holds it: tied ones are one parameter."""
+        parameter = self._parameters[name]
+        if not parameter.is_meta:
+            parameter.data = view
+            return parameter
+        placed = nn.Parameter(view)
+        for owner in self.module.modules():
+            for attribute, held in owner.named_parameters(recurse=False):
+                if held is parameter:
+                    setattr(owner, attribute, placed)
+        return placed
 
     def _note(self, index: int) -> Callable[[torch.Tensor], None]:
         def hook(_: torch.Tensor) -> None:
@@ -114,15 +128,14 @@ class FlatModel:
         self._mover.write(payload, self.weights[chunk.start : chunk.stop])
 
     def initial(self, chunk: Chunk, room: Array) -> None:
-        """Write the initial FP32 values of a chunk; the copy that has them is kept until `forget_initial`."""
-        if self._initialized is None:
-            module = self._make_initialized()
-            self._initialized = {name: p.detach().float().reshape(-1) for name, p in module.named_parameters()}
+        """Write the initial FP32 values of a chunk."""
         for run in chunk.runs:
             tensor = self.plan.table.tensors[run.tensor]
+            if self._initial is None or self._initial[0] != tensor.name:
+                self._initial = (tensor.name, self._initial_value(tensor.name).reshape(-1))
             start = chunk.start + run.start - self.plan.offsets[run.tensor]
-            values = self._initialized[tensor.name][start : start + run.stop - run.start]
-            room[run.start : run.stop] = values.numpy()
+            room[run.start : run.stop] = self._initial[1][start : start + run.stop - run.start].numpy()
 
     def forget_initial(self) -> None:
-        self._initialized = None
+        """Free what `initial` keeps."""
+        self._initial = None

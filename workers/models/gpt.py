@@ -153,16 +153,18 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Set every parameter to a pure function of (seed, name, shape), the same on every device."""
-        depth_scale = 1 / math.sqrt(2 * self.config.num_layers)
+        """Set every parameter to its initial value."""
         for name, parameter in self.named_parameters():
-            if parameter.ndim < 2:
-                parameter.fill_(1.0)
-                continue
-            std = _INITIAL_STD * (depth_scale if name.endswith(_RESIDUAL_PROJECTIONS) else 1.0)
-            values = torch.empty(parameter.shape, dtype=torch.float32)
-            values.normal_(0.0, std, generator=_generator(seed, name))
-            parameter.copy_(values)
+            parameter.copy_(self.initial_value(name, seed))
+
+    def initial_value(self, name: str, seed: int) -> Tensor:
+        """Return a parameter's initial value, float32 on the CPU: a pure function of (seed, name, shape)."""
+        parameter = self.get_parameter(name)
+        if parameter.ndim < 2:
+            return torch.ones(parameter.shape)
+        depth_scale = 1 / math.sqrt(2 * self.config.num_layers)
+        std = _INITIAL_STD * (depth_scale if name.endswith(_RESIDUAL_PROJECTIONS) else 1.0)
+        return torch.empty(parameter.shape).normal_(0.0, std, generator=_generator(seed, name))
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
