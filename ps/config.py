@@ -49,16 +49,16 @@ class ClusterConfig(Section):
 
 
 class BatchConfig(Section):
-    micro_batch_size: int = Field(8, ge=1)
+    micro_batch_size: int = Field(4, ge=1)
     """Samples in one forward/backward."""
-    micro_batches_per_step: int = Field(4, ge=1, le=MAX_SLOTS)
+    micro_batches_per_step: int = Field(2, ge=1, le=MAX_SLOTS)
     """G: micro-batches in one optimizer step, over all workers."""
     contributions_per_step: AutoInt = Field(None, ge=1, le=MAX_SLOTS)
     """C: units of work in a step. auto: the number of workers at the first start, at most G."""
 
 
 class TrainingConfig(Section):
-    steps: int = Field(600, ge=1)
+    steps: int = Field(400, ge=1)
     """Optimizer steps of the whole run; the schedule ends here."""
     stop_at: int | None = Field(None, ge=1)
     """Checkpoint and stop after this many steps; `windlass resume` goes on."""
@@ -105,7 +105,7 @@ class PrecisionConfig(Section):
 class OptimizerConfig(Section):
     name: Literal["adamw", "adam", "sgd"] = "adamw"
     """adamw: decoupled decay. adam and sgd: L2 in the gradient."""
-    lr: NonNegative = 1e-3
+    lr: NonNegative = 1.5e-3
     """Peak learning rate."""
     betas: tuple[Probability, Probability] = (0.9, 0.95)
     """Adam's decay rates of the first and second moment."""
@@ -140,7 +140,7 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     name: Literal["constant", "linear", "cosine"] = "cosine"
     """How the learning rate falls after the warm-up."""
-    warmup_steps: int = Field(50, ge=0)
+    warmup_steps: int = Field(20, ge=0)
     """Committed steps over which the learning rate rises linearly from 0."""
     min_ratio: float = Field(0.1, ge=0, le=1)
     """linear, cosine: the last learning rate, as a part of the peak."""

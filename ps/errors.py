@@ -4,6 +4,7 @@
       ConfigError               a key, a value or a combination that cannot be used
       StartupError              a role cannot start: a port in use, a missing file, no write permission
       MismatchError             two processes disagree on the run, the plan, the parameters or the data
+      DecisionRejected          a decision does not follow from what the shard holds: the coordinator is in error
       WaitTimeout               a wait passed its deadline; says for what, since when, last seen
       PeerUnavailable           a peer cannot be reached, or its stream broke
       Refusal                   a shard refused a frame; the state was not touched
@@ -62,6 +63,12 @@ class MismatchError(PsError):
     """Two processes disagree on the run, the plan, the parameters or the data."""
 
     code = "MISMATCH"
+
+
+class DecisionRejected(PsError):
+    """A decision does not follow from what the shard holds; the coordinator is in error."""
+
+    code = "DECISION_REJECTED"
 
 
 class WaitTimeout(PsError):

@@ -33,7 +33,7 @@ class ModelConfig(Section):
     """The built-in GPT: pre-norm, rotary positions, SwiGLU, tied embedding; Llama's names and shapes."""
 
     name: Literal["gpt"] = "gpt"
-    num_layers: int = Field(4, ge=1)
+    num_layers: int = Field(3, ge=1)
     hidden_size: int = Field(256, ge=2)
     num_heads: int = Field(4, ge=1)
     intermediate_size: AutoInt = Field(None, ge=1)

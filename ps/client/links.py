@@ -22,7 +22,7 @@ from ps.wire.messages import Header, Hello, Weights, parse_to_worker
 log = logging.getLogger(__name__)
 
 #: Received chunks of one shard that may wait in the inbox; beyond that its stream is not read.
-RECEIVE_WINDOW = 4
+RECEIVE_WINDOW = 2
 #: Waiting times between two attempts to reach a shard, in seconds.
 BACKOFF_S = (0.05, 0.1, 0.2)
 

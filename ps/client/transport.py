@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 #: Frames that wait to be sent on one connection, at most; `send` blocks beyond that.
-SEND_WINDOW = 4
+SEND_WINDOW = 2
 
 OnFrame = Callable[[bytes], None]
 OnClose = Callable[[str], None]

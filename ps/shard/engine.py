@@ -100,9 +100,11 @@ class ShardEngine:
             self.protocol.close()
             self.has_state = False
             self._prepared = self._last_applied = None
-            self._results = {}
             self.changed.notify_all()
         self._quiesce()
+        with self.changed:
+            # Only now: the snapshots that were waited for have just put theirs here.
+            self._results = {}
         self.store.clear()
         if checkpoint is None:
             with self.changed:
@@ -268,8 +270,9 @@ class ShardEngine:
             self._snapshots = [snapshot for snapshot in self._snapshots if not snapshot.join(0)]
             if any(snapshot.target.version == version for snapshot in self._snapshots):
                 return
-            if version in self._results and isinstance(self._results[version][1], ShardFile):
-                self.outbox.snapshot(*self._results[version])
+            before = self._results.get(version)
+            if before is not None and _is_there(*before):
+                self.outbox.snapshot(*before)
                 return
             target = SnapshotTarget(
                 checkpoint_folder(self.config.checkpoint_dir, version),
@@ -340,3 +343,8 @@ class ShardEngine:
                 return
             self._prepared = self.protocol.prepared(self.store.all_square_sums())
             self.outbox.prepared(self._prepared)
+
+
+def _is_there(target: SnapshotTarget, result: ShardFile | PsError) -> bool:
+    """Whether a snapshot's file is still in its folder, which a new coordinator may have emptied."""
+    return isinstance(result, ShardFile) and (target.folder / result.name).is_file()

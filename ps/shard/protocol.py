@@ -12,10 +12,9 @@ import numpy as np
 
 from ps.errors import (
     ConflictingContribution,
+    DecisionRejected,
     FenceNotKnown,
-    MalformedFrame,
     NotServing,
-    PsError,
     StaleFence,
     StepNotOpen,
     UnknownChunk,
@@ -29,12 +28,6 @@ from ps.shard.reduction import ChunkReduction, Held, ReductionJob
 from ps.sharding import Chunk, Plan
 from ps.types import ContributionReport, Decision, Fence, Prepared, WireDtype, slot_range
 from ps.wire.messages import Fenced, Initialize, Push
-
-
-class DecisionRejected(PsError):
-    """A decision does not follow from what the shard holds; the coordinator is in error."""
-
-    code = "DECISION_REJECTED"
 
 
 @dataclass(frozen=True)
@@ -151,6 +144,9 @@ class StepProtocol:
         if first is not None:
             return self._again(header, first)
         gradient = np.frombuffer(payload, self.shape.dtype.numpy)
+        if not gradient.flags.aligned:
+            # Not from our codec, which aligns; a kernel cannot read it where it is.
+            gradient = gradient.copy()
         job = reduction.add(Held(header.contribution, header.slots, gradient), header.hash, header.present)
         self._reports.setdefault(
             header.contribution,
@@ -300,8 +296,6 @@ class StepProtocol:
         slots = self._slots[header.contribution]
         if header.slots != slots:
             raise UnknownContribution(f"contribution {header.contribution} has {slots} slots, not {header.slots}")
-        if header.tokens < 0:
-            raise MalformedFrame(f"push: the header field tokens={header.tokens} is negative")
 
     def _check_payload(self, header: Push, chunk: Chunk, payload: memoryview, payload_hash: bytes) -> None:
         if header.dtype != self.shape.dtype:

@@ -7,6 +7,7 @@ bound: then it waits for the writer.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from ps.errors import CheckpointWriteFailed, PsError
 from ps.shard.store import Store
 from ps.sharding import Chunk
 from ps.storage.shard_file import ShardFile, ShardFileWriter, chunk_name
+
+log = logging.getLogger(__name__)
 
 #: Copies that wait for the disk, at most.
 MAX_COPY_BYTES = 256 << 20
@@ -112,6 +115,9 @@ class Snapshot:
             result: ShardFile | PsError = self._write_file()
         except PsError as error:
             result = error
+        except Exception as error:
+            log.exception("the thread that writes version %d failed", self.target.version)
+            result = CheckpointWriteFailed(f"writing version {self.target.version} failed: {error}")
         with self._changed:
             self._over = True
             self._copies.clear()

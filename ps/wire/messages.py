@@ -11,6 +11,8 @@ from ps.errors import BY_CODE, MalformedFrame, Refusal
 from ps.types import Fence
 
 _INT_MAX = 2**63 - 1
+#: Tokens of one contribution, at most: the sum over 8192 of them still fits the messages to the coordinator.
+MAX_TOKENS = 2**48
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,12 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= 4096
 
 
+#: By field, where its type says too little.
+_FIELD_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "hash": (_is_hash, "8 bytes"),
+    "incarnation": (lambda v: _is_int(v) and v >= 0, "an integer from 0 to 2^63-1"),
+    "tokens": (lambda v: _is_int(v) and 0 <= v <= MAX_TOKENS, "an integer from 0 to 2^48"),
+}
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "int": (_is_int, "an integer from -1 to 2^63-1"),
     "float": (lambda v: isinstance(v, float), "a float"),
@@ -183,7 +191,7 @@ def _parse(kinds: dict[str, type[Header]], header: dict[str, Any]) -> Header:
         raise MalformedFrame(f"frames of kind {str(kind)[:40]!r} are not known here; known: {', '.join(kinds)}")
     values = {}
     for field in fields(cls):
-        check, wanted = _CHECKS[str(field.type)] if field.name != "hash" else (_is_hash, "8 bytes")
+        check, wanted = _FIELD_CHECKS.get(field.name) or _CHECKS[str(field.type)]
         if field.name not in header:
             raise MalformedFrame(f"{kind}: the header field {field.name!r} is missing")
         value = header[field.name]

@@ -18,10 +18,10 @@ _STREAM = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.http2.max_frame_size", 16_777_215),
-    ("grpc.http2.lookahead_bytes", 16 << 20),
+    ("grpc.http2.lookahead_bytes", 4 << 20),
     ("grpc.experimental.tcp_read_chunk_size", 4 << 20),
     ("grpc.experimental.tcp_min_read_chunk_size", 4 << 20),
-    ("grpc.experimental.tcp_max_read_chunk_size", 16 << 20),
+    ("grpc.experimental.tcp_max_read_chunk_size", 4 << 20),
 ]
 
 SERVER: list[tuple[str, Any]] = [

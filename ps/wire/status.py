@@ -15,6 +15,7 @@ STATUS: dict[type[errors.PsError], grpc.StatusCode] = {
     errors.ConfigError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.StartupError: grpc.StatusCode.INTERNAL,
     errors.MismatchError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.DecisionRejected: grpc.StatusCode.FAILED_PRECONDITION,
     errors.WaitTimeout: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.PeerUnavailable: grpc.StatusCode.UNAVAILABLE,
     errors.Refusal: grpc.StatusCode.FAILED_PRECONDITION,

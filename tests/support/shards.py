@@ -133,12 +133,13 @@ class Rig:
         return Initialize(**self.who(), chunk=chunk.index, hash=xxhash.xxh3_64_digest(payload)), payload
 
     def gradient(self, step: int, contribution: int, chunk: Chunk) -> np.ndarray:
-        """A gradient in the wire dtype, of wide range, zero in the padding."""
+        """A gradient in the wire dtype, of so wide a range that sums have to round, zero in the padding."""
+        low, high = (-12, 6) if self.dtype is WireDtype.FP16 else (-60, 30)
         values = np.zeros(chunk.size, np.float32)
         generator = np.random.default_rng([2, step, contribution, chunk.index])
         for run in chunk.runs:
             size = run.stop - run.start
-            values[run.start : run.stop] = generator.standard_normal(size) * np.exp2(generator.uniform(-12, 6, size))
+            values[run.start : run.stop] = generator.standard_normal(size) * np.exp2(generator.uniform(low, high, size))
         wire = np.empty(chunk.size, self.dtype.numpy)
         encode(values, 1, self.dtype, wire)
         return wire

@@ -7,10 +7,8 @@ import os
 import random
 import signal
 import socket
-from functools import partial
 from dataclasses import dataclass
-
-import torch
+from functools import partial
 
 from protos.ps.v1 import coordinator_pb2 as pb
 from protos.ps.v1.common_pb2 import Member
@@ -29,7 +27,7 @@ from workers.data.batches import HeldOut, TokenBatches
 from workers.data.prepare import PreparedData, prepare
 from workers.engine import device
 from workers.engine.compute import Contributor
-from workers.engine.flat_model import FlatModel
+from workers.engine.flat_model import FlatModel, without_values
 from workers.engine.worker import Worker
 from workers.models.gpt import GPT
 from workers.models.groups import parameter_table
@@ -137,7 +135,7 @@ def _build(
     warm_up_worker(wire)
     accumulate_fp16 = job.precision.accumulate == "fp16"
 
-    with torch.device("meta"):
+    with without_values():
         module = GPT(job.model, data.vocab_size, job.data.sequence_length)
     table = parameter_table(module, job.optimizer.decay_all)
     plan = make_plan(table, job.cluster.shards)

@@ -55,7 +55,8 @@ def compute_dtype(precision: PrecisionConfig, device: torch.device) -> torch.dty
 def prepare(device: torch.device, threads: int) -> None:
     """Make results repeatable: a fixed number of threads, deterministic kernels where there are any."""
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # The same as use_deterministic_algorithms(True, warn_only=True), which imports 70 MB of compiler.
+    torch.set_deterministic_debug_mode("warn")
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.benchmark = False

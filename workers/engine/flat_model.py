@@ -6,11 +6,14 @@ whatever the tensors. Parameters become views; tied ones are one parameter and s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ps.errors import ConfigError
 from ps.sharding import Chunk, Plan
@@ -18,6 +21,32 @@ from ps.types import WireDtype
 from workers.engine.device import Mover, mover
 
 Array = np.ndarray
+
+
+class _SkipValues(TorchFunctionMode):
+    """Leaves tensors as they are where a module's constructor would fill them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        named = kwargs or {}
+        if func in _FILLS:
+            return args[0] if args else named["tensor"]
+        return func(*args, **named)
+
+
+_FILLS = {getattr(nn.init, name) for name in dir(nn.init) if name.endswith("_") and not name.startswith("_")}
+_FILLS |= {getattr(torch.Tensor, name) for name in ("normal_", "uniform_", "fill_", "zero_")}
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Make modules whose parameters take no memory, for a `FlatModel` to place.
+
+    Filling a tensor on the meta device would be free as well, but for 70 MB of Python modules that
+    torch imports to find that out.
+    """
+    with torch.device("meta"), _SkipValues():
+        yield
 
 
 class FlatModel:
@@ -36,7 +65,7 @@ class FlatModel:
         """Move the module to the device and its parameters into the flat buffers.
 
         Args:
-            module: the model; its present values are dropped. Made on torch's meta device it costs no
+            module: the model; its present values are dropped. Made inside `without_values` it costs no
                 memory before this.
             dtype: of weights, forward and backward.
             accumulate_fp16: gradients add up in `dtype` (FP16) instead of FP32.
@@ -83,7 +112,7 @@ class FlatModel:
             return parameter
         placed = nn.Parameter(view)
         for owner in self.module.modules():
-            for attribute, held in owner.named_parameters(recurse=False):
+            for attribute, held in list(owner.named_parameters(recurse=False)):
                 if held is parameter:
                     setattr(owner, attribute, placed)
         return placed

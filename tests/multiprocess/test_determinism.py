@@ -1,0 +1,112 @@
+"""The same job gives the same bits, whatever the shards, the workers, the threads and the order of frames."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ps.sharding import make_plan
+from ps.types import slot_range
+from tests.multiprocess.conftest import MakeJob
+from tests.support.cluster import Finished, make_job, train
+from tests.support.shuffling import ShufflingTransport
+
+STEPS = 16
+JOB = (f"training.steps={STEPS}", "batch.contributions_per_step=4", "schedule.warmup_steps=4")
+
+
+@pytest.fixture(scope="module")
+def plain(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """The digest of one shard, one thread, one worker, everything in order."""
+
+    @functools.lru_cache
+    def digest_of(*overrides: str) -> str:
+        one = ("cluster.shards=1", "cluster.workers=1")
+        return train(make_job(tmp_path_factory.mktemp("plain") / "run", text, (*JOB, *overrides, *one))).digest()
+
+    return digest_of
+
+
+def shuffled(make_job: MakeJob, *overrides: str) -> Finished:
+    """Run a job whose workers push out of order, late and twice."""
+    transports: list[ShufflingTransport] = []
+
+    def transport() -> ShufflingTransport:
+        transports.append(ShufflingTransport(seed=len(transports)))
+        return transports[-1]
+
+    run = train(make_job("run", *JOB, *overrides), transport)
+    assert sum(t.overtaken for t in transports) > STEPS
+    assert sum(t.repeated for t in transports) > STEPS
+    assert run.manifest().version == STEPS
+    assert run.manifest().applied >= STEPS - 4
+    return run
+
+
+def cluster(shards: int, workers: int, threads: int) -> tuple[str, ...]:
+    return (f"cluster.shards={shards}", f"cluster.workers={workers}", f"cluster.threads_per_shard={threads}")
+
+
+def test_the_same_job_twice_has_one_digest(make_job: MakeJob, plain: Callable[..., str]) -> None:
+    again = train(make_job("again", *JOB, *cluster(1, 1, 1)))
+    other_seed = train(make_job("seed", *JOB, *cluster(1, 1, 1), "seed=2"))
+    assert again.digest() == plain()
+    assert other_seed.digest() != plain()
+
+
+@pytest.mark.parametrize(
+    ("shards", "workers", "threads"),
+    [(1, 2, 1), (1, 4, 2), (2, 1, 2), (2, 3, 1), (2, 4, 2), (3, 1, 1), (3, 2, 2), (3, 3, 1)],
+)
+def test_fp16_wire(make_job: MakeJob, plain: Callable[..., str], shards: int, workers: int, threads: int) -> None:
+    assert shuffled(make_job, *cluster(shards, workers, threads)).digest() == plain()
+
+
+@pytest.mark.parametrize(("shards", "workers", "threads"), [(1, 4, 1), (2, 2, 2), (3, 3, 2)])
+def test_fp32_wire(make_job: MakeJob, plain: Callable[..., str], shards: int, workers: int, threads: int) -> None:
+    wire = "precision.wire=fp32"
+    assert shuffled(make_job, wire, *cluster(shards, workers, threads)).digest() == plain(wire)
+
+
+@pytest.mark.parametrize("wire", ["fp16", "bf16", "fp32"])
+def test_more_contributions_than_a_shard_keeps(make_job: MakeJob, plain: Callable[..., str], wire: str) -> None:
+    """FP16 folds as contributions arrive, which is exact; BF16 and FP32 fold in the contributions' order."""
+    many = (f"precision.wire={wire}", "batch.contributions_per_step=8", "training.steps=16")
+    assert shuffled(make_job, *many, *cluster(2, 3, 2)).digest() == plain(*many)
+
+
+@pytest.mark.parametrize("contributions", [3, 4, 6, 10])
+def test_the_mean_of_fp16_gradients_is_exact(make_job: MakeJob, contributions: int) -> None:
+    """SGD's momentum after one step is m / loss scale: the sum in integers, divided once, rounded once."""
+    slots, scale = 10, 1024.0
+    job = make_job(
+        "run",
+        *cluster(2, 2, 2),
+        "training.steps=1",
+        f"batch.micro_batches_per_step={slots}",
+        f"batch.contributions_per_step={contributions}",
+        f"precision.loss_scale.static={scale}",
+        "optimizer.name=sgd",
+        "optimizer.clip_norm=0",
+        "optimizer.weight_decay=0",
+    )
+    transports = [ShufflingTransport(seed) for seed in range(2)]
+    waiting = iter(transports)
+    run = train(job, lambda: next(waiting))
+    pushed = {key: payload for transport in transports for key, payload in transport.pushed.items()}
+    plan = make_plan(run.manifest().table, job.cluster.shards)
+    assert len(pushed) == contributions * len(plan.chunks)
+    found = run.flat("momentum_buffer")
+    for chunk in plan.chunks:
+        total = np.zeros(chunk.size, np.int64)
+        for contribution in range(contributions):
+            # FP16 values are multiples of 2^-24.
+            gradient = np.frombuffer(pushed[0, contribution, chunk.index], np.float16).astype(np.float64)
+            total += len(slot_range(contribution, contributions, slots)) * (gradient * 2.0**24).astype(np.int64)
+        mean = (total.astype(np.float64) * 2.0**-24 / slots).astype(np.float32)
+        assert np.count_nonzero(mean) > chunk.size // 2
+        np.testing.assert_array_equal(found[chunk.start : chunk.stop], mean / np.float32(scale))
