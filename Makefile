@@ -62,8 +62,8 @@ format: setup  ## Format the code
 	$(BIN)/ruff format .
 
 bench: setup  ## Run the benchmarks; each prints a table and writes JSON
-	$(BIN)/python benchmarks/bench_exchange.py
-	$(BIN)/python benchmarks/bench_memory.py
+	PYTHONPATH=. $(BIN)/python benchmarks/bench_exchange.py
+	PYTHONPATH=. $(BIN)/python benchmarks/bench_memory.py
 
 clean:  ## Remove what the targets made, but no run
 	rm -rf $(VENV) $(PROTO_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,9 +1,10 @@
 """Bytes per parameter of a shard and of a worker, at 50M parameters.
 
 A real cluster (1 shard, 2 workers, C = 2, AdamW, FP16 wire, FP32 compute on the CPU) trains for a few
-steps between checkpoints. For every process the peak of its resident memory is compared with that of
-an idle process of the same role (everything imported, kernels ready, connected, no plan yet). What a
-worker's activations take is measured apart, in plain PyTorch, and subtracted.
+steps between checkpoints. The resident memory of every process is compared with that of an idle process
+of the same role: one of a cluster with a model of next to nothing, in which everything is imported,
+compiled and connected. What a worker's activations take is measured apart, in plain PyTorch, and
+subtracted.
 
     python benchmarks/bench_memory.py [--json FILE] [--layers 10]
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
@@ -26,6 +28,7 @@ from benchmarks.support.report import Check, Report
 
 SHARD_BOUND = 22.0
 WORKER_BOUND = 8.0
+STEPS = 10
 
 
 def memory_of(pid: int, key: str) -> int:
@@ -52,33 +55,21 @@ job = load_job(None, json.loads(sys.argv[1]))
 model = GPT(job.model, 300, job.data.sequence_length)
 for p in model.parameters():
     p.grad = torch.zeros_like(p).add_(1.0)
+tokens = torch.randint(0, 300, (job.batch.micro_batch_size, job.data.sequence_length + 1))
+# The code of every operation is in memory before the counting starts.
+GPT(job.model.model_copy(update={"num_layers": 1, "hidden_size": 64}), 300, 64).loss(tokens).backward()
 def rss(key):
-    return next(int(l.split()[1]) * 1024 for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 Path("/proc/self/clear_refs").write_text("5")
 before = rss("VmRSS:")
 for _ in range(3):
-    tokens = torch.randint(0, 300, (job.batch.micro_batch_size, job.data.sequence_length + 1))
     model.loss(tokens).backward()
 print(rss("VmHWM:") - before)
 """
 
-_IDLE_WORKER = """
-import sys
-import workers.engine.app
-from ps.kernels.compile import warm_up_worker
-from ps.types import WireDtype
-from ps.wire.options import open_channel
-import torch
-torch.set_num_threads(1)
-torch.ones(8, 8).requires_grad_().matmul(torch.ones(8, 8)).sum().backward()
-warm_up_worker(WireDtype.FP16)
-channel = open_channel("127.0.0.1:1")
-from pathlib import Path
-print(next(int(l.split()[1]) * 1024 for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmRSS:")))
-"""
 
-
-def job_arguments(folder: Path, layers: int) -> list[str]:
+def job_arguments(folder: Path, layers: int, hidden: int = 640) -> list[str]:
     return [
         f"run_dir={folder / 'run'}",
         f"data.paths=['{folder / 'text.txt'}']",
@@ -88,13 +79,13 @@ def job_arguments(folder: Path, layers: int) -> list[str]:
         "cluster.shards=1",
         "cluster.workers=2",
         f"model.num_layers={layers}",
-        "model.hidden_size=640",
+        f"model.hidden_size={hidden}",
         "model.num_heads=8",
         "batch.micro_batch_size=1",
         "batch.micro_batches_per_step=4",
         "batch.contributions_per_step=2",
         "training.steps=1000",
-        "training.stop_at=8",
+        f"training.stop_at={STEPS}",
         "evaluation.max_sequences=4",
     ]
 
@@ -121,12 +112,12 @@ def members(run: Path) -> list[dict[str, Any]]:
     return found
 
 
-def measure(folder: Path, layers: int) -> dict[str, float]:
-    """Run the cluster and sample its processes until it ends."""
-    run = folder / "run"
+def measure(folder: Path, arguments: list[str]) -> dict[str, float]:
+    """Run a cluster and sample its processes until it ends."""
+    run = Path(next(a for a in reversed(arguments) if a.startswith("run_dir=")).removeprefix("run_dir="))
     log = (folder / "out.log").open("w")
     launcher = subprocess.Popen(
-        [sys.executable, "-m", "workers.cli.main", "train", *job_arguments(folder, layers)],
+        [sys.executable, "-m", "workers.cli.main", "train", *arguments],
         stdout=log,
         stderr=subprocess.STDOUT,
     )
@@ -141,9 +132,9 @@ def measure(folder: Path, layers: int) -> dict[str, float]:
                     rss, peak = memory_of(member["pid"], "VmRSS"), memory_of(member["pid"], "VmHWM")
                 except (OSError, KeyError):
                     continue
-                seen = peaks.setdefault(name, {"idle": rss, "peak": 0.0, "steady": 0.0})
+                seen = peaks.setdefault(name, {"peak": 0.0, "steady": 0.0})
                 seen["peak"] = max(seen["peak"], peak)
-                if 3 <= versions < 7:
+                if 3 <= versions < STEPS - 1:
                     seen["steady"] = max(seen["steady"], rss)
             time.sleep(0.02)
     finally:
@@ -171,34 +162,30 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_corpus(folder / "text.txt")
-        idle_worker = python(_IDLE_WORKER)
-        activations = python(_ACTIVATIONS, json.dumps(job_arguments(folder, arguments.layers)))
-        found = measure(folder, arguments.layers)
+        job = job_arguments(folder, arguments.layers)
+        activations = python(_ACTIVATIONS, json.dumps(job))
+        idle = measure(folder, [*job_arguments(folder, 1, hidden=64), f"run_dir={folder / 'idle'}"])
+        found = measure(folder, job)
         manifest = json.loads(next((folder / "run" / "checkpoints").glob("step-*/manifest.json")).read_text())
-    parameters = sum(_size(shape) for _, shape, _ in manifest["table"])
-    for member in sorted({key.split("/")[0] for key in found}):
-        if member == "coordinator-0":
-            continue
+    parameters = sum(math.prod(shape) for _, shape, _ in manifest["table"])
+    for member in ("shard-0", "worker-0", "worker-1"):
         worker = member.startswith("worker")
-        idle = idle_worker if worker else found[f"{member}/idle"]
-        extra = activations if worker else 0
-        steady = (found[f"{member}/steady"] - idle - extra) / parameters
-        peak = (found[f"{member}/peak"] - idle - extra) / parameters
+        floor = idle[f"{member}/peak"] + (activations if worker else 0)
+        steady = (found[f"{member}/steady"] - floor) / parameters
+        peak = (found[f"{member}/peak"] - floor) / parameters
         report.row(
-            member, idle / 1e6, found[f"{member}/steady"] / 1e6, found[f"{member}/peak"] / 1e6, steady, peak
+            member,
+            idle[f"{member}/peak"] / 1e6,
+            found[f"{member}/steady"] / 1e6,
+            found[f"{member}/peak"] / 1e6,
+            steady,
+            peak,
         )
         bound = WORKER_BOUND if worker else SHARD_BOUND
         report.check(Check(f"{member}: bytes per parameter outside snapshots", steady, bound, steady <= bound))
     report.note("parameters", parameters)
     report.note("activations of a worker, MB", activations / 1e6)
     report.finish(arguments.json)
-
-
-def _size(shape: list[int]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
 
 
 if __name__ == "__main__":

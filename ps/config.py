@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
@@ -227,23 +228,22 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise ConfigError(f"{text!r} is not of the form key=value, such as optimizer.lr=1e-3")
     try:
-        return key.strip(), _number(yaml.safe_load(value))
+        return key.strip(), _load_yaml(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"{key}={value}: not a YAML value: {error}") from None
 
 
-def _number(value: Any) -> Any:
+class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-3 as a string; people mean a number."""
-    if isinstance(value, str):
-        try:
-            return float(value) if value.strip().lower().lstrip("+-")[:1].isdigit() else value
-        except ValueError:
-            return value
-    if isinstance(value, list):
-        return [_number(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _number(item) for key, item in value.items()}
-    return value
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
 def load_mapping(path: Path) -> dict[str, Any]:
     """Read a job file (YAML or JSON)."""
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = _load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"there is no job file {path}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -267,8 +267,7 @@ def load_mapping(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(loaded, dict):
         raise ConfigError(f"the job file {path} holds a {type(loaded).__name__}, not a mapping of sections")
-    result: dict[str, Any] = _number(loaded)
-    return result
+    return loaded
 
 
 def nest(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

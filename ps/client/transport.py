@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 #: Frames that wait to be sent on one connection, at most; `send` blocks beyond that.
-SEND_WINDOW = 2
+SEND_WINDOW = 1
 
 OnFrame = Callable[[bytes], None]
 OnClose = Callable[[str], None]

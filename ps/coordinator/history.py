@@ -55,7 +55,7 @@ class History:
         if known is not None:
             return same_content(known, decision)
         last = self.last_decision
-        if last is None or decision.step == last.version:
+        if last is None or decision.step >= last.version:
             self.note(decision)
         return True
 

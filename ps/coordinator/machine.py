@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 
 #: Between two attempts to make the cluster serve.
 RETRY_S = 0.2
+#: Members that a message names, at most.
+NAMED = 4
 
 
 class Phase(Enum):
@@ -107,7 +109,7 @@ class Machine:
         Raises:
             MismatchError: it cannot be part of this run.
         """
-        rank = self.members.place(member.role, member.rank, member.incarnation)
+        rank = self.members.place(member.role, member.rank, member.incarnation, now)
         member = replace(member, rank=rank)
         before = self.members.admit(member, now)
         if before is not None:
@@ -124,7 +126,7 @@ class Machine:
 
     def connect(self, member: MemberState, now: float) -> None:
         """A member's session is open: what it may have missed is told again."""
-        member.connected = True
+        member.connected = member.met = True
         self.seen(member, now)
         self._actions.append(MembersChanged())
         if member.role is Role.SHARD and self.phase is Phase.RUNNING:
@@ -155,7 +157,8 @@ class Machine:
         if member.role is Role.SHARD:
             self.stop(f"{member.name} was asked to stop")
         else:
-            member.live = member.connected = False
+            # Not ready either: a heartbeat that is still on its way must not bring it back.
+            member.live = member.connected = member.ready = False
             self._lost(member, "left")
         member.last_seen = now
 
@@ -296,6 +299,8 @@ class Machine:
     # -- Making the cluster serve ---------------------------------------------------------------
 
     def _gather(self, why: str) -> None:
+        if self.phase is Phase.ENDED:
+            return
         if self.phase is not Phase.GATHERING:
             log.info("the cluster is made to serve again: %s", why)
         self.phase = Phase.GATHERING
@@ -345,14 +350,8 @@ class Machine:
         if not self._all_answered():
             return
         inspections = [self._inspections[shard] for shard in range(self.config.cluster.shards)]
-        for inspection in inspections:
-            if inspection.last_decision is not None and not self.history.adopt(inspection.last_decision):
-                self._end(
-                    False,
-                    f"two decisions of step {inspection.last_decision.step} differ between a shard and the journal; "
-                    "the run folder belongs to another run, or its disk has lost data",
-                )
-                return
+        if not self._adopt([i.last_decision for i in inspections if i.last_decision is not None]):
+            return
         version = surviving_version(inspections, self.history.last_decision)
         if version is not None:
             log.info("every shard still holds its state: going on at version %d", version)
@@ -371,6 +370,22 @@ class Machine:
             )
             return
         self._enter(Phase.LOADING, Control.LOAD)
+
+    def _adopt(self, heard: list[Decision]) -> bool:
+        """Take over what shards were told and the journal has lost; False: the run has ended, they conflict."""
+        for decision in sorted(heard, key=lambda decision: decision.step):
+            known = decision.step in self.history.decisions
+            if not self.history.adopt(decision):
+                self._end(
+                    False,
+                    f"two decisions of step {decision.step} differ between a shard and the journal; "
+                    "the run folder belongs to another run, or its disk has lost data",
+                )
+                return False
+            if not known and decision.step in self.history.decisions:
+                log.warning("the journal has lost the decision of step %d; it is taken from a shard", decision.step)
+                self._actions.append(Journal({"type": "decision", **to_record(decision)}, sync=True))
+        return True
 
     def _loading(self, _now: float) -> None:
         if not self._all_answered():
@@ -447,6 +462,9 @@ class Machine:
             self._deal(now)
         if self._is_over():
             self._finish()
+        elif not self.snapshots.has_first() and self.snapshots.failure(self.state.version):
+            # Without it there is nothing to go back to, so nothing may be decided.
+            self._end(False, f"the first checkpoint could not be written: {self.snapshots.failure(self.state.version)}")
         elif self._may_decide():
             self._decide(now)
         self._deal(now)
@@ -602,7 +620,9 @@ class Machine:
         """Say what is waited for, since when, and when it was last seen; empty: nothing."""
         missing = self.members.missing_shards()
         if missing:
-            return "waiting for " + ", ".join(self._absent(Role.SHARD, shard, now) for shard in missing)
+            named = ", ".join(self._absent(Role.SHARD, shard, now) for shard in missing[:NAMED])
+            more = f" and {len(missing) - NAMED} more shards" if len(missing) > NAMED else ""
+            return f"waiting for {named}{more}"
         if self.history.table is None or not self.members.live_workers():
             return f"waiting for a worker; none is there after {now - self._started_at:.1f} s"
         if self.phase is Phase.RUNNING:

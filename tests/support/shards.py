@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,6 @@ from ps.shard.snapshot import SnapshotTarget
 from ps.sharding import Chunk
 from ps.storage.shard_file import ShardFile
 from ps.types import (
-    SEGMENT,
     Applied,
     Decision,
     Fence,
@@ -287,16 +286,6 @@ class Reader:
         self.exchange.close()
         self.thread.join(TIMEOUT_S)
         assert not self.thread.is_alive()
-
-
-def table_of(sizes: Sequence[int]) -> ParameterTable:
-    """One-dimensional tensors in group 0."""
-    return ParameterTable(tuple(TensorSpec(f"t{index}", (size,)) for index, size in enumerate(sizes)))
-
-
-#: So many chunks of one segment each.
-def table_of_chunks(count: int) -> ParameterTable:
-    return table_of([SEGMENT] * count)
 
 
 def in_threads(*work: Callable[[], None]) -> None:

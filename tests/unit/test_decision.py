@@ -27,7 +27,7 @@ squares = st.floats(0, 1e300, allow_subnormal=True)
 
 
 def config(**sections: Any) -> RunConfig:
-    return RunConfig.model_validate(sections)
+    return RunConfig.model_validate({"batch": {"micro_batches_per_step": 4}, **sections})
 
 
 def prepared(shard: int, values: Sequence[float], contributions: Sequence[ContributionReport] = REPORTS) -> Prepared:

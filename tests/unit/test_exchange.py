@@ -20,6 +20,7 @@ from ps.shard.exchange import Exchange
 from ps.types import Fence
 from ps.wire.messages import Ack, Header, Push, Refused, Unchanged, Weights, Welcome
 from ps.wire.proto import to_proto
+from tests.support.plans import table_of_chunks
 from tests.support.shards import (
     TIMEOUT_S,
     Reader,
@@ -29,7 +30,6 @@ from tests.support.shards import (
     in_threads,
     make_config,
     rig,
-    table_of_chunks,
 )
 
 INCARNATION = 4242

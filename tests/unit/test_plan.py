@@ -6,81 +6,12 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 
 from ps.errors import ConfigError
-from ps.sharding import Plan, make_plan
-from ps.types import ALIGNMENT, MAX_CHUNK, SEGMENT, ParameterTable, TensorSpec
-from tests.support.shards import table_of
-
-
-def gpt_table(hidden: int, layers: int, vocabulary: int) -> ParameterTable:
-    """A tied embedding, and per layer two norms, attention and SwiGLU, named as Llama's."""
-    wide = -(-hidden * 8 // 3 // 64) * 64
-    tensors = [TensorSpec("embed", (vocabulary, hidden), 1)]
-    for layer in range(layers):
-        tensors.append(TensorSpec(f"{layer}.input_norm", (hidden,), 1))
-        tensors += [TensorSpec(f"{layer}.{name}", (hidden, hidden)) for name in ("q", "k", "v", "o")]
-        tensors.append(TensorSpec(f"{layer}.post_norm", (hidden,), 1))
-        tensors += [TensorSpec(f"{layer}.{name}", (wide, hidden)) for name in ("gate", "up")]
-        tensors.append(TensorSpec(f"{layer}.down", (hidden, wide)))
-    return ParameterTable((*tensors, TensorSpec("norm", (hidden,), 1)))
-
-
-def embedding_table(parameters: int) -> ParameterTable:
-    """Four fifths in one tensor."""
-    rest = parameters // 5
-    return table_of([parameters - rest, *[rest // 10] * 10])
-
-
-def small_table(parameters: int) -> ParameterTable:
-    """10,000 small tensors of unequal sizes."""
-    sizes = np.random.default_rng(3).dirichlet(np.ones(10_000)) * parameters
-    return table_of([max(1, int(size)) for size in sizes])
-
-
-def load_ratio(plan: Plan) -> float:
-    loads = [sum(chunk.size for chunk in plan.chunks_of(shard)) for shard in range(plan.num_shards)]
-    return max(loads) / (sum(loads) / len(loads))
-
-
-def check(plan: Plan) -> None:
-    """What holds for every plan."""
-    table = plan.table
-    # Tensors in order, each at a multiple of 64, with nothing but padding between.
-    end = 0
-    for tensor, offset in zip(table.tensors, plan.offsets, strict=True):
-        assert offset == -(-end // ALIGNMENT) * ALIGNMENT
-        end = offset + tensor.size
-    assert plan.size == -(-end // ALIGNMENT) * ALIGNMENT
-    # Chunks cover the flat space, without a gap, at borders of segments.
-    position = 0
-    for index, chunk in enumerate(plan.chunks):
-        assert (chunk.index, chunk.start) == (index, position)
-        assert chunk.start % SEGMENT == 0
-        assert 0 < chunk.size <= MAX_CHUNK
-        assert chunk.num_segments == -(-chunk.size // SEGMENT)
-        assert chunk.presence_bytes == -(-len(chunk.runs) // 8)
-        assert 0 <= chunk.shard < plan.num_shards
-        position = chunk.stop
-    assert position == plan.size
-    # Runs: every tensor exactly once and in order, padding never.
-    covered = [0] * len(table.tensors)
-    for chunk in plan.chunks:
-        last = 0
-        for run in chunk.runs:
-            assert last <= run.start < run.stop <= chunk.size
-            last = run.stop
-            assert chunk.start + run.start == plan.offsets[run.tensor] + covered[run.tensor]
-            assert run.group == table.tensors[run.tensor].group
-            covered[run.tensor] += run.stop - run.start
-    assert covered == [tensor.size for tensor in table.tensors]
-    # Every shard has its chunks in forward order, and has some.
-    owned = [plan.chunks_of(shard) for shard in range(plan.num_shards)]
-    assert all(chunks == tuple(sorted(chunks, key=lambda chunk: chunk.start)) and chunks for chunks in owned)
-    assert sum(len(chunks) for chunks in owned) == len(plan.chunks)
-
+from ps.sharding import make_plan
+from ps.types import MAX_CHUNK, SEGMENT, ParameterTable, TensorSpec
+from tests.support.plans import bound, check, embedding_table, gpt_table, load_ratio, small_table, table_of
 
 TABLES = {
     "GPT": [gpt_table(256, layers, 4096) for layers in (3, 4, 6, 10)] + [gpt_table(768, 6, 32_000)],
@@ -98,15 +29,6 @@ def test_a_plan_is_whole_and_even(kind: str, num_shards: int) -> None:
         assert load_ratio(plan) <= bound(plan.size, num_shards)
 
 
-def bound(size: int, num_shards: int) -> float:
-    """At most 1.05 of the mean, where a segment is not more than that.
-
-    A chunk is not cut below a segment: the least loaded shard gets the next one, so the fullest has at
-    most (S - 1) / S chunks more than the mean.
-    """
-    return max(1.05, 1 + (num_shards - 1) * SEGMENT / size)
-
-
 @pytest.mark.parametrize("num_shards", range(1, 9))
 def test_the_fullest_shard_has_at_most_5_percent_more_from_1_3_million_parameters_per_shard(num_shards: int) -> None:
     for size in range(max(3_000_000, 1_320_000 * (num_shards - 1)), 14_000_000, 61_111):
@@ -116,7 +38,8 @@ def test_the_fullest_shard_has_at_most_5_percent_more_from_1_3_million_parameter
 def test_a_plan_has_about_20_chunks_per_shard() -> None:
     for num_shards, size in ((1, 3_000_000), (2, 5_000_000), (4, 12_000_000)):
         plan = make_plan(table_of([size]), num_shards)
-        assert 20 * num_shards <= len(plan.chunks) <= 26 * num_shards
+        # Rounded down to whole segments, so at most twice as many.
+        assert 20 * num_shards <= len(plan.chunks) <= 40 * num_shards
     # Of a big model chunks are as big as they get.
     plan = make_plan(table_of([40 * MAX_CHUNK + 5]), 2)
     assert {chunk.size for chunk in plan.chunks[:-1]} == {MAX_CHUNK}
@@ -149,32 +72,26 @@ def test_the_digest_is_the_same_everywhere_and_always() -> None:
     table = gpt_table(256, 4, 4096)
     assert make_plan(table, 2).digest == make_plan(table, 2).digest
     script = (
-        "from tests.unit.test_plan import gpt_table\nfrom ps.sharding import make_plan\n"
+        "from tests.support.plans import gpt_table\nfrom ps.sharding import make_plan\n"
         "print(make_plan(gpt_table(256, 4, 4096), 2).digest)"
     )
-    there = subprocess.run(
-        [sys.executable, "-c", script],
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={"PYTHONHASHSEED": "7"},
-    )
+    command, environment = [sys.executable, "-c", script], {"PYTHONHASHSEED": "7"}
+    there = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60, env=environment)
     assert there.stdout.strip() == make_plan(table, 2).digest
     assert make_plan(table_of([100, 70]), 1).digest == DIGEST
 
 
-DIGEST = "?"
+DIGEST = "eb21e578616afde23715eb700cc801676a7159a0464d40800bc5ff983441d3c0"
 
 
 def test_the_digest_tells_plans_apart() -> None:
     table = gpt_table(64, 2, 4096)
     first, *rest = table.tensors
     others = [
-        ParameterTable(tuple([TensorSpec("other", first.shape, first.group), *rest])),
-        ParameterTable(tuple([TensorSpec(first.name, first.shape[::-1], first.group), *rest])),
-        ParameterTable(tuple([TensorSpec(first.name, first.shape, 0), *rest])),
-        ParameterTable(tuple([*rest, first])),
+        ParameterTable((TensorSpec("other", first.shape, first.group), *rest)),
+        ParameterTable((TensorSpec(first.name, first.shape[::-1], first.group), *rest)),
+        ParameterTable((TensorSpec(first.name, first.shape, 0), *rest)),
+        ParameterTable((*rest, first)),
         ParameterTable(tuple(rest)),
     ]
     digests = {make_plan(other, 2).digest for other in others}

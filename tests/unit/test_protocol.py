@@ -15,7 +15,8 @@ from ps.shard.reduction import ReduceJob
 from ps.sharding import Chunk, make_plan
 from ps.types import Applied, Decision, Fence, GroupScalars, WireDtype
 from ps.wire.messages import Initialize, Push
-from tests.support.shards import TIMEOUT_S, in_threads, make_config, rig, table_of, table_of_chunks
+from tests.support.plans import table_of, table_of_chunks
+from tests.support.shards import TIMEOUT_S, in_threads, make_config, rig
 
 FENCE = Fence(2, 3)
 PLAN = make_plan(table_of_chunks(5), 2)

@@ -11,7 +11,8 @@ import pytest
 from ps.shard.reduction import FAN_IN, ChunkReduction, FoldJob, Held, ReduceJob, ReductionJob
 from ps.sharding import make_plan
 from ps.types import WireDtype
-from tests.support.shards import TIMEOUT_S, Rig, in_threads, make_config, rig, table_of, widen
+from tests.support.plans import table_of
+from tests.support.shards import TIMEOUT_S, Rig, in_threads, make_config, rig, widen
 
 CHUNK = make_plan(table_of([1000]), 1).chunks[0]
 

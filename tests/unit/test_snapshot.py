@@ -16,7 +16,8 @@ from ps.storage.files import AtomicFile
 from ps.storage.layout import checkpoint_folder, prepare
 from ps.storage.shard_file import ShardFile, ShardFileReader, ShardFileWriter, chunk_name
 from ps.types import Fence
-from tests.support.shards import TIMEOUT_S, Rig, in_threads, make_config, rig, table_of_chunks
+from tests.support.plans import table_of_chunks
+from tests.support.shards import TIMEOUT_S, Rig, in_threads, make_config, rig
 
 State = dict[str, np.ndarray]
 

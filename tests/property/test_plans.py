@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ps.errors import ConfigError
 from ps.sharding import make_plan
 from ps.types import SEGMENT, ParameterTable, TensorSpec
-from tests.unit.test_plan import bound, check, load_ratio
+from tests.support.plans import bound, check, load_ratio
 
 SIZES = st.one_of(
     st.integers(1, 300),

@@ -1,0 +1,86 @@
+"""The files of a run folder that follow the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ps.coordinator.members import MemberState
+from ps.coordinator.recorder import Recorder
+from ps.types import Role
+
+
+def step(number: int) -> dict[str, Any]:
+    return {"kind": "step", "step": number, "loss": 1.0}
+
+
+def evaluation(version: int) -> dict[str, Any]:
+    return {"kind": "evaluation", "version": version, "loss": 1.0}
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "a"
+
+
+def test_lines_are_appended(folder: Path) -> None:
+    recorder = Recorder(folder, "run")
+    recorder.record(step(0))
+    Recorder(folder, "run").record(step(1))
+    assert lines(folder) == [step(0), step(1)]
+
+
+def test_a_rewind_drops_what_will_be_computed_again(folder: Path) -> None:
+    recorder = Recorder(folder, "run")
+    recorder.rewind(0)
+    for line in (step(0), step(1), evaluation(2), step(2), evaluation(3), step(3)):
+        recorder.record(line)
+    recorder.rewind(2)
+    # The evaluation of version 2 is of the state that is gone back to.
+    assert lines(folder) == [step(0), step(1), evaluation(2)]
+    recorder.record(step(2))
+    recorder.rewind(0)
+    assert lines(folder) == []
+
+
+@pytest.mark.parametrize("torn", ["{", '{"kind": "step", "st', '{"kind": "step", "step": 1}'])
+def test_half_a_line_is_cut(folder: Path, torn: str) -> None:
+    Recorder(folder, "run").record(step(0))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(torn)
+    recorder = Recorder(folder, "run")
+    recorder.record(step(1))
+    assert lines(folder) == [step(0), step(1)]
+    recorder.rewind(1)
+    assert lines(folder) == [step(0)]
+
+
+def test_numbers_that_json_does_not_have_are_an_error(folder: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        Recorder(folder, "run").record({"kind": "step", "step": 0, "loss": float("nan")})
+
+
+def test_members_and_targets(folder: Path) -> None:
+    members = [
+        MemberState(Role.COORDINATOR, 0, 0, 10, "host", "127.0.0.1:1", "127.0.0.1:2"),
+        MemberState(Role.SHARD, 1, 5, 11, "host", "127.0.0.1:3", ""),
+    ]
+    recorder = Recorder(folder, "run-7")
+    recorder.members(members)
+    assert json.loads((folder / "cluster.json").read_text()) == [
+        {"role": "coordinator", "rank": 0, "pid": 10, "address": "127.0.0.1:1", "metrics_address": "127.0.0.1:2"},
+        {"role": "shard", "rank": 1, "pid": 11, "address": "127.0.0.1:3", "metrics_address": ""},
+    ]
+    assert json.loads((folder / "targets.json").read_text()) == [
+        {"targets": ["127.0.0.1:2"], "labels": {"role": "coordinator", "rank": "0", "run": "run-7"}}
+    ]
+    recorder.members([])
+    assert json.loads((folder / "cluster.json").read_text()) == []
+    assert sorted(path.name for path in folder.iterdir()) == ["cluster.json", "targets.json"]
