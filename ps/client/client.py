@@ -76,7 +76,7 @@ class ParameterClient:
         self.model = Model()
         #: Contributions that were computed, are not in the buffer any more, and that a shard lacks.
         self.recompute: set[int] = set()
-        #: Contributions that every shard holds since the last look.
+        #: Contributions of the step begun last that every shard holds, since the last look.
         self.completed: list[int] = []
         self.initialized: set[int] | None = None
         self._plan: Plan | None = None
@@ -136,6 +136,7 @@ class ParameterClient:
             self._ledger.begin(step)
             self._buffered = None
             self.recompute = set()
+            self.completed = []
 
     def push(self, contribution: Contribution) -> None:
         """Push a contribution whose gradient `source` holds now; it holds it until the next one."""

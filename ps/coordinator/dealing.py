@@ -55,8 +55,15 @@ class Dealing:
         return self._release(unit for unit, owner in self.owner.items() if owner == rank)
 
     def overdue(self, now: float, timeout_s: float) -> list[int]:
-        """Take back what has made no progress for too long."""
-        return self._release(unit for unit, at in self.dealt_at.items() if now - at > timeout_s)
+        """Take back what has made no progress for too long.
+
+        When all of it is said to be done and what it is for still has not come about, somebody was
+        wrong: then everything is taken back, and computing it again cannot do harm.
+        """
+        late = [unit for unit, at in self.dealt_at.items() if now - at > timeout_s]
+        if self.complete and len(late) == self.count:
+            self.done.clear()
+        return self._release(late)
 
     def outstanding(self, rank: int) -> list[int]:
         """What a worker has been dealt and has not finished, in order."""

@@ -73,6 +73,8 @@ class ShardEngine:
         self._snapshots: list[Snapshot] = []
         #: How the last snapshots ended, to be told again after a reconnect.
         self._results: dict[int, tuple[SnapshotTarget, ShardFile | PsError]] = {}
+        #: Versions that were asked for while they were being written.
+        self._asked_again: set[int] = set()
         self._prepared: Prepared | None = None
         self._last_applied: Applied | None = None
         metrics.PARAMETERS.set(self.store.num_elements)
@@ -105,6 +107,7 @@ class ShardEngine:
         with self.changed:
             # Only now: the snapshots that were waited for have just put theirs here.
             self._results = {}
+            self._asked_again.clear()
         self.store.clear()
         if checkpoint is None:
             with self.changed:
@@ -269,6 +272,7 @@ class ShardEngine:
                 raise NotServing(f"shard {self.shard} is at version {self.protocol.step}, not {version}")
             self._snapshots = [snapshot for snapshot in self._snapshots if not snapshot.join(0)]
             if any(snapshot.target.version == version for snapshot in self._snapshots):
+                self._asked_again.add(version)
                 return
             before = self._results.get(version)
             if before is not None and _is_there(*before):
@@ -281,11 +285,22 @@ class ShardEngine:
                 self.plan.num_shards,
                 {"format": "windlass", "run": self.run, "version": str(version)},
             )
-            snapshot = Snapshot(self.store, target, self._snapshot_ended)
-            self._snapshots = [*self._snapshots, snapshot]
-            snapshot.start()
+            self._begin_snapshot(target)
+
+    def _begin_snapshot(self, target: SnapshotTarget) -> None:
+        snapshot = Snapshot(self.store, target, self._snapshot_ended)
+        self._snapshots = [*self._snapshots, snapshot]
+        snapshot.start()
 
     def _snapshot_ended(self, target: SnapshotTarget, result: ShardFile | PsError) -> None:
+        with self.changed:
+            asked_again = target.version in self._asked_again
+            self._asked_again.discard(target.version)
+            unchanged = self.has_state and self.protocol.step == target.version and self.protocol.deciding is None
+            if asked_again and unchanged and not _is_there(target, result):
+                # A new coordinator has emptied the folder under it.
+                self._begin_snapshot(target)
+                return
         if isinstance(result, PsError):
             log.error("the checkpoint of version %d could not be written: %s", target.version, result.message)
             metrics.SNAPSHOT_FAILURES.inc()

@@ -118,3 +118,13 @@ def test_overdue_work_is_timed_from_its_last_deal() -> None:
     assert dealing.overdue(10.5, 10.0) == [1]
     assert dealing.deal([0, 1], 10.5) == {0: [1]}
     assert dealing.overdue(20.0, 10.0) == []
+
+
+def test_work_that_is_all_said_to_be_done_and_leads_nowhere_is_dealt_again() -> None:
+    dealing = Dealing(2)
+    dealing.deal([0], 0.0)
+    dealing.finish(0)
+    dealing.finish(1)
+    assert dealing.overdue(10.0, 10.0) == []
+    assert dealing.overdue(10.5, 10.0) == [0, 1]
+    assert dealing.deal([1], 11.0) == {1: [0, 1]}

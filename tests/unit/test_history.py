@@ -128,7 +128,7 @@ def test_later_workers_have_the_first_ones_model() -> None:
     assert history.set_model("worker 0", TABLE, "digest", 2) is not None
     assert history.set_model("worker 1", TABLE, "digest", 2) is None
     other = ParameterTable((*TABLE.tensors, TensorSpec("c", (1,))))
-    with pytest.raises(MismatchError, match="worker 1 has other parameters.*3 tensors with 18 elements.*2 with 17"):
+    with pytest.raises(MismatchError, match=r"worker 1 has other parameters.*3 tensors with 18 elements.*2 with 17"):
         history.set_model("worker 1", other, "digest", 2)
-    with pytest.raises(MismatchError, match="worker 1 has other data.*give every worker the same files"):
+    with pytest.raises(MismatchError, match=r"worker 1 has other data.*give every worker the same files"):
         history.set_model("worker 1", TABLE, "other", 2)

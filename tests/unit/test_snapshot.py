@@ -232,6 +232,23 @@ def test_a_snapshot_whose_file_is_gone_is_written_again(tmp_path: Path) -> None:
         assert_holds(folder_of(shard, 1) / file.name, state_of(shard))
 
 
+def test_a_snapshot_on_its_way_whose_folder_is_emptied_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The coordinator died while it was written; the new one empties the folder and asks anew."""
+    gate = Gate(monkeypatch)
+    with rig(make_config(tmp_path)) as shard:
+        make_folder(shard, 1)
+        shard.run_step(snapshot=True)
+        assert gate.reached.wait(TIMEOUT_S)
+        make_folder(shard, 1)
+        shard.engine.snapshot(1)
+        gate.open()
+        _, file = written(shard)
+        assert_holds(folder_of(shard, 1) / file.name, state_of(shard))
+        assert shard.told.snapshots.empty()
+
+
 def test_a_snapshot_of_before_a_rollback_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It ended while the rollback waited for it: made again, the version is written again."""
     gate = Gate(monkeypatch)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from ps.errors import PsError
+import ast
+import re
+import textwrap
+import warnings
+
+from ps.errors import PsError, StorageError
 from ps.storage.layout import newest
 from ps.storage.manifest import read_manifest
 from workers.config import JobConfig
 from workers.launch.folder import RunFolder
 from workers.launch.metrics import clock, evaluation_line, last_evaluation
 
-_SAMPLE_TOKENS, _SAMPLE_TEMPERATURE, _SAMPLE_TOP_K = 200, 0.7, 40
+_SAMPLE_TOKENS, _SAMPLE_TEMPERATURE, _SAMPLE_TOP_K = 100, 0.4, 40
+#: Of Python, so many samples are drawn, and the one with most code that parses is shown.
+_PYTHON_SAMPLES = 4
 
 
 def completion(folder: RunFolder, job: JobConfig) -> str | None:
@@ -17,7 +24,11 @@ def completion(folder: RunFolder, job: JobConfig) -> str | None:
     checkpoint = newest(job.checkpoint_dir)
     if checkpoint is None:
         return None
-    manifest, _ = read_manifest(checkpoint)
+    try:
+        manifest, _ = read_manifest(checkpoint)
+    except StorageError:
+        # The coordinator names it, and goes back to the one before.
+        return None
     if manifest.version >= job.training.steps:
         return (
             f"{folder.path} is complete: {manifest.version} of {job.training.steps} steps; "
@@ -51,7 +62,7 @@ def print_result(folder: RunFolder, job: JobConfig, seconds: float) -> None:
     ):
         print(f"{what:<11} {where}")
     print(f"{'go on':<11} windlass resume {folder.path}{_how_to_go_on(job, version)}")
-    print(f'{"sample":<11} windlass sample {folder.path} --prompt "{_prompt(job)}"')
+    print(f'{"sample":<11} windlass sample {folder.path} --prompt "{"" if job.data.paths else "def "}"')
 
 
 def _how_to_go_on(job: JobConfig, version: int) -> str:
@@ -60,25 +71,39 @@ def _how_to_go_on(job: JobConfig, version: int) -> str:
 
 def _prompt(job: JobConfig) -> str:
     """The standard library's own source is the default text; of another text nothing is known."""
-    return "" if job.data.paths else "def "
+    return "" if job.data.paths else "import os\nimport sys\n"
 
 
 def _print_sample(folder: RunFolder, job: JobConfig) -> None:
     from workers.engine import restore
 
+    python = not job.data.paths
     try:
-        text = restore.write(
-            restore.load_model(folder.path),
-            _prompt(job),
-            _SAMPLE_TOKENS,
-            _SAMPLE_TEMPERATURE,
-            _SAMPLE_TOP_K,
-            job.seed,
-        )
+        restored = restore.load_model(folder.path)
+        samples = [
+            restore.write(restored, _prompt(job), _SAMPLE_TOKENS, _SAMPLE_TEMPERATURE, _SAMPLE_TOP_K, job.seed + number)
+            for number in range(_PYTHON_SAMPLES if python else 1)
+        ]
     except PsError as error:
         # The run is done and saved; that it cannot be shown must not make it look failed.
         print(f"no sample: {error.message}")
         return
-    print("\na sample of its writing:\n")
-    print("\n".join("    " + line for line in text.splitlines()))
+    text = max(samples, key=_code_that_parses)
+    chosen = f" (of {len(samples)}, the one with most code that parses)" if python else ""
+    print(f"\na sample of its writing{chosen}:\n")
+    # A small model has learned blank lines first of all.
+    print(textwrap.indent(re.sub(r"\n\s*\n\s*\n+", "\n\n\n", text).strip(), "    "))
     print()
+
+
+def _code_that_parses(text: str) -> int:
+    """Count the characters in blocks, between blank lines, that are Python with at least one statement."""
+    total = 0
+    for block in text.split("\n\n"):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SyntaxWarning)
+                total += len(block) if ast.parse(block).body else 0
+        except (SyntaxError, ValueError):
+            continue
+    return total

@@ -1,0 +1,78 @@
+"""The worker's side of push and pull, with a transport that only records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ps.client.client import Contribution, ParameterClient
+from ps.client.links import Inbox, Received
+from ps.sharding import Chunk, make_plan
+from ps.types import Fence, ParameterTable, TensorSpec, WireDtype
+from ps.wire.messages import Ack
+
+TABLE = ParameterTable((TensorSpec("w", (65_536 * 3,)),))
+
+
+class _Recording:
+    """A transport and its connection."""
+
+    def __init__(self) -> None:
+        self.frames: list[bytes] = []
+
+    def connect(self, _address: str, _on_frame: Any, _on_close: Any) -> _Recording:
+        return self
+
+    def send(self, frame: bytes) -> None:
+        self.frames.append(frame)
+
+    def close(self) -> None:
+        pass
+
+
+class _Zeros:
+    """A source whose gradient is zero."""
+
+    def encode(self, chunk: Chunk, _slots: int, room: np.ndarray) -> bytes:
+        room[:] = 0
+        return bytes(chunk.presence_bytes)
+
+    def decode(self, _chunk: Chunk, _payload: np.ndarray) -> None:
+        pass
+
+    def initial(self, _chunk: Chunk, _room: np.ndarray) -> None:
+        pass
+
+
+def opened() -> ParameterClient:
+    client = ParameterClient(_Recording(), Inbox(), 0, 7, TABLE, _Zeros())
+    digest = make_plan(TABLE, 1).digest
+    client.open("run", Fence(1, 1), digest, ["nowhere:1"], 4, 2, WireDtype.FP16)
+    return client
+
+
+def acknowledge(client: ParameterClient, step: int, contribution: int) -> None:
+    for chunk in client.plan.chunks:
+        client.handle(Received(0, Ack(step, contribution, chunk.index, False), memoryview(b"")))
+
+
+def test_a_contribution_is_complete_when_every_chunk_is_acknowledged() -> None:
+    client = opened()
+    client.begin_step(5)
+    client.push(Contribution(5, 1, 1.0, 0.0, 0))
+    assert client.completed == []
+    acknowledge(client, 5, 1)
+    assert client.completed == [1]
+
+
+def test_what_was_completed_for_a_step_is_never_told_of_the_next() -> None:
+    """The acknowledgements of step 5 and the deal of step 6 may be taken together."""
+    client = opened()
+    client.begin_step(5)
+    client.push(Contribution(5, 1, 1.0, 0.0, 0))
+    acknowledge(client, 5, 1)
+    client.begin_step(6)
+    assert client.completed == []
+    acknowledge(client, 5, 1)
+    assert client.completed == []
