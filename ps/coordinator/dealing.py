@@ -17,6 +17,8 @@ class Dealing:
     owner: dict[int, int] = field(default_factory=dict)
     dealt_at: dict[int, float] = field(default_factory=dict)
     done: set[int] = field(default_factory=set)
+    #: Workers from whom work was taken back because it made no progress: the last to be dealt any.
+    late: set[int] = field(default_factory=set)
 
     def deal(self, ranks: Sequence[int], now: float) -> dict[int, list[int]]:
         """Give every unit that nobody has to the least busy worker; returns what is new, by rank.
@@ -32,7 +34,7 @@ class Dealing:
                 load[rank] += 1
         shares = dict.fromkeys(ranks, 0)
         for _ in free:
-            rank = min(ranks, key=lambda candidate: (load[candidate] + shares[candidate], candidate))
+            rank = min(ranks, key=lambda one: (one in self.late, load[one] + shares[one], one))
             shares[rank] += 1
         dealt: dict[int, list[int]] = {}
         remaining = iter(free)
@@ -63,6 +65,7 @@ class Dealing:
         late = [unit for unit, at in self.dealt_at.items() if now - at > timeout_s]
         if self.complete and len(late) == self.count:
             self.done.clear()
+        self.late |= {self.owner[unit] for unit in late if unit not in self.done}
         return self._release(late)
 
     def outstanding(self, rank: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -268,7 +269,7 @@ class Effects:
 def _export(line: dict[str, Any]) -> None:
     """Show a line of metrics.jsonl to Prometheus as well."""
     if line["kind"] == "evaluation":
-        metrics.EVALUATION_LOSS.set(line["loss"])
+        metrics.EVALUATION_LOSS.set(math.nan if line["loss"] is None else line["loss"])
         return
     metrics.STEP.set(line["step"] + 1)
     metrics.SKIPPED.inc(int(line["skipped"]))

@@ -34,8 +34,8 @@ from ps.coordinator.history import History
 from ps.coordinator.members import Members, MemberState
 from ps.coordinator.recovery import Candidate, Inspection, choose_checkpoint, surviving_version
 from ps.coordinator.snapshots import Snapshots
-from ps.coordinator.timings import Timings
-from ps.errors import PsError
+from ps.coordinator.timings import Timings, finite
+from ps.errors import PsError, StorageError
 from ps.sharding import make_plan
 from ps.types import Applied, Decision, Fence, ParameterTable, Prepared, Role
 from ps.wire.proto import to_record
@@ -199,7 +199,9 @@ class Machine:
         """A shard could not carry out Configure: a damaged checkpoint, or it is gone."""
         if fence != self.fence or control.value != _CONTROL_OF.get(self.phase):
             return
-        if control is Control.LOAD and self._checkpoint is not None and not fatal:
+        # A shard that died while it loaded says nothing about the checkpoint.
+        damaged = control is Control.LOAD and isinstance(error, StorageError)
+        if damaged and self._checkpoint is not None and not fatal:
             log.error(
                 "checkpoint %s cannot be loaded by shard %d: %s; going back to the one before",
                 self._checkpoint.name,
@@ -564,7 +566,7 @@ class Machine:
         self.evaluation = None
         self.history.evaluations[result["version"]] = result
         self._actions.append(Journal({"type": "evaluation", **result}))
-        self._actions.append(Record({"kind": "evaluation", **result}))
+        self._actions.append(Record({"kind": "evaluation", **{key: finite(value) for key, value in result.items()}}))
         return True
 
     def _reached_end(self) -> bool:

@@ -42,6 +42,8 @@ class Members:
     grace_s: float
     num_shards: int
     _members: dict[tuple[Role, int], MemberState] = field(default_factory=dict)
+    #: Lives that another one has taken the place of.
+    _replaced: set[tuple[Role, int, int]] = field(default_factory=set)
 
     def place(self, role: Role, rank: int, incarnation: int, now: float) -> int:
         """Confirm a rank, or give the lowest free one for -1.
@@ -64,12 +66,20 @@ class Members:
         return member.live or member.connected or (not member.met and now - member.last_seen <= self.lease_s)
 
     def admit(self, member: MemberState, now: float) -> MemberState | None:
-        """Take a member in; returns the earlier life that it replaces, if any."""
+        """Take a member in; returns the earlier life that it replaces, if any.
+
+        Raises:
+            MismatchError: another life has replaced this one: the two would throw each other out for ever.
+        """
         key = (member.role, member.rank)
+        if (*key, member.incarnation) in self._replaced:
+            raise MismatchError(f"{member.name} was replaced by a newer life of it")
         before = self._members.get(key)
         if before is not None and before.incarnation == member.incarnation:
             before.last_seen = now
             return None
+        if before is not None:
+            self._replaced.add((*key, before.incarnation))
         member.last_seen = now
         self._members[key] = member
         return before

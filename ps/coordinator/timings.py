@@ -27,9 +27,9 @@ class Timings:
         return {
             "kind": "step",
             "step": decision.step,
-            "loss": _finite(decision.loss),
+            "loss": finite(decision.loss),
             "learning_rate": decision.groups[0].lr,
-            "gradient_norm": _finite(decision.gradient_norm),
+            "gradient_norm": finite(decision.gradient_norm),
             "loss_scale": decision.loss_scale,
             "skipped": decision.skip,
             "tokens": decision.tokens,
@@ -40,5 +40,6 @@ class Timings:
         }
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """The value, or null: JSON has neither NaN nor infinity."""
     return value if math.isfinite(value) else None

@@ -87,7 +87,20 @@ def test_roles_end_when_their_launcher_is_killed(folder: Path) -> None:
 
 def test_chinese_text_is_text_like_any_other(tmp_path: Path) -> None:
     draw = random.Random(1)
-    words = ["参数", "服务器", "梯度", "累积", "混合精度", "训练", "语言模型", "学习率", "分片", "权重", "数据", "优化器"]
+    words = [
+        "参数",
+        "服务器",
+        "梯度",
+        "累积",
+        "混合精度",
+        "训练",
+        "语言模型",
+        "学习率",
+        "分片",
+        "权重",
+        "数据",
+        "优化器",
+    ]
     lines = ["".join(draw.choice(words) for _ in range(draw.randint(4, 12))) + "。" for _ in range(4000)]
     (tmp_path / "zh.txt").write_text("\n".join(lines), encoding="utf-8")
     job = tiny_job(tmp_path, "zh", f"data.paths=['{tmp_path / 'zh.txt'}']", "training.steps=120", "optimizer.lr=5e-3")

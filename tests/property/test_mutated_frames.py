@@ -26,7 +26,7 @@ from ps.types import ParameterTable, TensorSpec
 from ps.wire import frame
 from ps.wire.messages import Ack, Header, Push, Refused, Unchanged, Weights, Welcome, parse_to_shard
 from ps.wire.proto import to_proto
-from tests.support.shards import TIMEOUT_S, Rig, drain, encode_frame, make_config, rig
+from tests.support.shards import Rig, drain, encode_frame, make_config, rig
 
 BATCH = 20
 #: Two tests of so many batches of so many frames: 10,000.
@@ -232,7 +232,7 @@ class Target:
             self.stream.receive(encode_frame(*push))
         answers = [header for header, _ in drain(self.stream)]
         assert all(isinstance(answer, Ack | Weights) for answer in answers), answers
-        report = shard.told.prepared.get(timeout=TIMEOUT_S)
+        report = shard.told.next_prepared()
         to_proto(report)
         assert [c.contribution for c in report.contributions] == list(range(CONTRIBUTIONS))
         self.check_means()

@@ -220,7 +220,7 @@ def train(job: JobConfig, transport: Callable[[], Transport] = GrpcTransport, ti
             shard = ShardApp(address, index, _LOOPBACK, None)
             roles.start(f"shard {index}", lambda shard=shard: shard.run(_START_S), lambda s=shard: s._end(*gave_up))
         # One after the other: building a model draws from torch's generator, which is one per process.
-        joined = [join(address, rank, None, "", transport(), _START_S) for rank in range(job.cluster.workers)]
+        joined = [join(address, rank, None, transport(), _START_S) for rank in range(job.cluster.workers)]
         for rank, worker in enumerate(joined):
             roles.start(f"worker {rank}", worker.run, worker.worker.leave)
         roles.wait(timeout_s, lambda: _status(address))

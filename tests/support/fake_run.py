@@ -60,6 +60,8 @@ class FakeShard:
     has_state: bool = False
     version: int = 0
     awaiting: bool = False
+    #: A checkpoint is loaded and not served yet.
+    loaded: bool = False
     last_decision: Decision | None = None
     #: Contributions whose gradients it has, of the open step.
     held: set[int] = field(default_factory=set)
@@ -295,10 +297,13 @@ class FakeRun:
                 return
             shard.last_decision, shard.held, shard.waiting = None, set(), []
             shard.version, shard.has_state, shard.awaiting = 0, False, not action.checkpoint
+            shard.loaded = bool(action.checkpoint)
             if action.checkpoint:
                 candidate = self.checkpoints[action.checkpoint]
                 assert candidate.manifest_sha256 == action.manifest_sha256
-                shard.version, shard.has_state = candidate.state.version, True
+                shard.version = candidate.state.version
+        elif action.control is Control.SERVE and shard.loaded:
+            shard.has_state, shard.loaded = True, False
         inspection = Inspection(shard.has_state, shard.version, (shard.waiting or [shard.last_decision])[-1])
         self.machine.configured(action.shard, fence, action.control, inspection)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from ps.types import (
 )
 from ps.wire import frame
 from ps.wire.messages import Header, Hello, Initialize, Pull, Push, parse_to_worker
+from tests.support.eventually import eventually
 
 RUN = "run-1"
 FENCE = Fence(1, 1)
@@ -80,6 +81,19 @@ class Told:
         self.initialized: queue.Queue[Fence] = queue.Queue()
         self.snapshots: queue.Queue[tuple[SnapshotTarget, ShardFile | PsError]] = queue.Queue()
         self.failures: list[BaseException] = []
+
+    def next_prepared(self) -> Prepared:
+        """Wait for the next report; a kernel thread that has failed will not make one."""
+
+        def look() -> list[Prepared | BaseException]:
+            with suppress(queue.Empty):
+                return [self.prepared.get_nowait()]
+            return list(self.failures)
+
+        (first, *_) = eventually(look, TIMEOUT_S, "the step to be reduced")
+        if isinstance(first, BaseException):
+            raise AssertionError("a kernel thread failed") from first
+        return first
 
     def outbox(self) -> Outbox:
         return Outbox(
@@ -184,7 +198,7 @@ class Rig:
         """Push all of the open step and wait until it is prepared."""
         for header, payload in self.pushes():
             self.engine.push(header, payload)
-        return self.told.prepared.get(timeout=TIMEOUT_S)
+        return self.told.next_prepared()
 
     def decision(self, report: Prepared | None = None, **changes: Any) -> Decision:
         """What a coordinator decides from the open step's report; nothing is told yet."""

@@ -196,7 +196,7 @@ def test_a_payload_at_an_odd_place_is_as_good_as_any(shard: Rig, stream: Exchang
                 stream.receive(Frame(header=packed, payload=bytes(payload)).SerializeToString())
                 ((answer, _),) = drain(stream)
                 assert isinstance(answer, Ack), answer
-        report = shard.told.prepared.get(timeout=TIMEOUT_S)
+        report = shard.told.next_prepared()
         for chunk in shard.chunks:
             np.testing.assert_array_equal(shard.engine.store.mean(chunk), shard.expected_mean(chunk))
         shard.tell(shard.decision(report))
@@ -209,7 +209,7 @@ def test_every_report_can_travel(shard: Rig, stream: Exchange) -> None:
             push = shard.push(contribution, chunk, tokens=2**48, rank=-1, incarnation=2**63 - 1, loss_sum=np.inf)
             header, payload = replace(push[0], loss_sum=float("inf")), push[1]
             assert isinstance(send(stream, header, payload), Ack)
-    report = shard.told.prepared.get(timeout=TIMEOUT_S)
+    report = shard.told.next_prepared()
     to_proto(report)
     to_proto(shard.decision(report))
 

@@ -12,7 +12,7 @@ from ps.shard.reduction import FAN_IN, ChunkReduction, FoldJob, Held, ReduceJob,
 from ps.sharding import make_plan
 from ps.types import WireDtype
 from tests.support.plans import table_of
-from tests.support.shards import TIMEOUT_S, Rig, in_threads, make_config, rig, widen
+from tests.support.shards import Rig, in_threads, make_config, rig, widen
 
 CHUNK = make_plan(table_of([1000]), 1).chunks[0]
 
@@ -107,7 +107,7 @@ def reduce_in(shard: Rig, orders: list[list[int]]) -> list[tuple[bytes, tuple[fl
     for order in orders:
         for contribution in order:
             shard.engine.push(*shard.push(contribution, chunk, shard.gradient(0, contribution, chunk)))
-        report = shard.told.prepared.get(timeout=TIMEOUT_S)
+        report = shard.told.next_prepared()
         results.append((shard.engine.store.mean(chunk).tobytes(), report.square_sums))
         shard.skip_step()
     return results
@@ -158,7 +158,7 @@ def test_streams_at_once(tmp_path: Path, wire: str) -> None:
                     shard.engine.push(*push)
 
             in_threads(*(lambda part=part: stream(part) for part in range(3)))
-            report = shard.told.prepared.get(timeout=TIMEOUT_S)
+            report = shard.told.next_prepared()
             for chunk in shard.chunks:
                 np.testing.assert_array_equal(shard.engine.store.mean(chunk), shard.expected_mean(chunk))
             shard.tell(shard.decision(report))

@@ -99,18 +99,20 @@ def worker(
         Device | None,
         typer.Option(envvar="WINDLASS_DEVICE", help="Where to compute. Default: as the job says."),
     ] = None,
+    listen: Listen = "127.0.0.1:0",
     metrics_listen: MetricsListen = None,
     log_level: LogLevel = None,
 ) -> int:
     """Start a worker, which computes gradients."""
     _check_address("--coordinator", coordinator)
+    _check_address("--listen", listen)
     _check_address("--metrics-listen", metrics_listen)
     require_worker_extra("a worker")
     _begin(Role.WORKER, rank, log_level)
 
     from workers.engine import app
 
-    return _end(app.run(coordinator, rank, device, metrics_listen))
+    return _end(app.run(coordinator, rank, device, listen, metrics_listen))
 
 
 def _begin(role: Role, rank: int | None, log_level: Level | None) -> None:

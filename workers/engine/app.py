@@ -21,6 +21,8 @@ from ps.kernels.compile import warm_up_worker
 from ps.sharding import make_plan
 from ps.telemetry import logs
 from ps.telemetry.exporter import serve_metrics
+from ps.wire.health import Health, enable_reflection
+from ps.wire.options import bind, make_server, reachable
 from ps.wire.session import Session
 from workers.config import JobConfig
 from workers.data.batches import HeldOut, TokenBatches
@@ -33,6 +35,10 @@ from workers.models.gpt import GPT
 from workers.models.groups import parameter_table
 
 log = logging.getLogger(__name__)
+
+#: A worker serves nothing but its health.
+HEALTH_SERVICE = "windlass.ps.v1.Worker"
+HEALTH_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -61,19 +67,37 @@ def run(
     coordinator: str,
     rank: int | None,
     device_name: str | None,
+    listen: str,
     metrics_listen: str | None,
     start_timeout_s: float = 120.0,
 ) -> int:
     """Run one worker until the end of the run; returns the exit code.
 
+    Args:
+        coordinator: host:port.
+        rank: its number; None: the coordinator gives one.
+        device_name: None: as the job says.
+        listen: host:port of the health service; port 0 takes any.
+        metrics_listen: host:port of the Prometheus exporter; None: no exporter.
+
     Raises:
         PsError: why it could not start, or ended; one line.
     """
+    server = make_server(HEALTH_THREADS)
+    health = Health(server, HEALTH_SERVICE)
+    enable_reflection(server, [])
+    address = f"{reachable(listen)}:{bind(server, listen)}"
+    server.start()
     metrics_address = serve_metrics(metrics_listen) if metrics_listen else ""
-    joined = join(coordinator, rank, device_name, metrics_address, GrpcTransport(), start_timeout_s)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: joined.worker.leave())
-    reason = joined.run()
+    try:
+        joined = join(coordinator, rank, device_name, GrpcTransport(), start_timeout_s, address, metrics_address)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: joined.worker.leave())
+        health.serving()
+        reason = joined.run()
+    finally:
+        health.not_serving()
+        server.stop(grace=None)
     log.info("worker %d ends: %s", joined.session.member.rank, reason)
     return 0
 
@@ -82,9 +106,10 @@ def join(
     coordinator: str,
     rank: int | None,
     device_name: str | None,
-    metrics_address: str,
     transport: Transport,
     start_timeout_s: float,
+    address: str = "",
+    metrics_address: str = "",
 ) -> Joined:
     """Register, and prepare everything that the run needs of this worker.
 
@@ -99,6 +124,7 @@ def join(
         incarnation=incarnation,
         pid=os.getpid(),
         host=socket.gethostname(),
+        address=address,
         metrics_address=metrics_address,
     )
     model_message: list[pb.Model] = []

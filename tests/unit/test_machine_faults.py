@@ -1,0 +1,144 @@
+"""The coordinator's state machine where two things go wrong at once."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from ps.coordinator.actions import Configure, Control, Record, TellDeal, TellDecision
+from ps.coordinator.dealing import Dealing
+from ps.coordinator.recorder import Recorder
+from ps.errors import MismatchError, PeerUnavailable, StaleFence
+from ps.types import Role
+from tests.support.fake_run import FakeRun, make_config
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> FakeRun:
+    """2 shards, 2 workers, C = 2, 6 steps, a checkpoint every 3."""
+    return FakeRun(make_config(tmp_path))
+
+
+def loading(run: FakeRun) -> list[Configure]:
+    """Calls of LOAD so far."""
+    return [call for call in run.of(Configure) if call.control is Control.LOAD]
+
+
+@pytest.mark.parametrize("error", [PeerUnavailable("gone"), StaleFence("older")])
+def test_a_shard_that_dies_while_it_loads_does_not_condemn_the_checkpoint(
+    run: FakeRun, error: PeerUnavailable | StaleFence
+) -> None:
+    """Only what the checkpoint itself is to blame for is a reason to go back to an older one."""
+    run.everybody()
+    run.run_to(2)
+    carry_out, failures = run._configure, [error]
+
+    def configure(action: Configure) -> None:
+        if action.control is Control.LOAD and action.shard == 1 and failures:
+            failed = failures.pop()
+            run.machine.configure_failed(1, action.fence, Control.LOAD, failed, False)
+        else:
+            carry_out(action)
+
+    run._configure = configure  # type: ignore[method-assign]
+    run.join_shard(1)
+    run.run()
+    assert run.end.ok, run.end
+    assert {call.checkpoint for call in loading(run) if call.checkpoint} == {"step-00000000"}
+    assert run.machine.snapshots.rejected == []
+
+
+def test_an_evaluation_that_is_not_a_number_can_be_recorded(tmp_path: Path) -> None:
+    """A run that has diverged goes on to its end; JSON has no NaN."""
+    run = FakeRun(make_config(tmp_path, evaluation={"every_steps": 2}))
+    run.evaluation_loss = math.nan
+    run.everybody()
+    run.run()
+    assert run.end.ok
+    lines = [action.line for action in run.of(Record) if action.line["kind"] == "evaluation"]
+    assert [line["version"] for line in lines] == [2, 4, 6]
+    assert {line["loss"] for line in lines} == {line["bits_per_byte"] for line in lines} == {None}
+    recorder = Recorder(tmp_path, "run")
+    for line in lines:
+        recorder.record(line)
+    assert len([json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]) == 3
+
+
+@pytest.mark.parametrize("role", [Role.WORKER, Role.SHARD])
+def test_a_life_that_was_replaced_cannot_come_back(run: FakeRun, role: Role) -> None:
+    """Stopped past its lease, replaced, woken up: it would throw out its successor, and that one it."""
+    run.everybody()
+    run.run_to(2)
+    old = run.member(role, 1)
+    if role is Role.SHARD:
+        run.join_shard(1)
+    else:
+        run.join_worker(1)
+    run.step()
+    new = run.member(role, 1)
+    assert new.incarnation != old.incarnation
+    with pytest.raises(MismatchError, match=f"{role} 1 was replaced"):
+        run.machine.register(old, run.now)
+    assert run.member(role, 1) is new
+    run.run()
+    assert run.end.ok
+
+
+def test_overdue_work_is_given_to_somebody_else() -> None:
+    """Who has not done it for so long is the last to get it again."""
+    dealing = Dealing(2)
+    assert dealing.deal([0, 1], 0.0) == {0: [0], 1: [1]}
+    dealing.finish(1)
+    assert dealing.overdue(31.0, 30.0) == [0]
+    assert dealing.deal([0, 1], 31.0) == {1: [0]}
+    # Nobody else is there: then it is.
+    assert dealing.overdue(62.0, 30.0) == [0]
+    assert dealing.deal([1], 62.0) == {1: [0]}
+
+
+def test_a_stuck_worker_of_the_lowest_rank_does_not_stop_the_run(tmp_path: Path) -> None:
+    run = FakeRun(make_config(tmp_path, training={"steps": 6, "step_timeout_s": 30.0}))
+    run.everybody()
+    run.run_to(2)
+    run.workers[0].idle = True
+    member = run.member(Role.WORKER, 0)
+    for _ in range(40):
+        run.machine.seen(member, run.now + 1.0)
+        run.step(1.0)
+        run.work()
+    assert run.machine.state.version > 2
+    dealt = [deal for deal in run.of(TellDeal) if deal.state.version == 2 and deal.contributions]
+    assert (dealt[-1].worker, dealt[-1].contributions) == (1, (0,))
+
+
+def test_a_coordinator_that_dies_between_loading_and_the_rollback(tmp_path: Path) -> None:
+    """What was loaded is one decision behind the journal, as if it had only not heard of the last one.
+
+    It cannot carry that decision out: the gradients are gone.
+    """
+    run = FakeRun(make_config(tmp_path, checkpoint={"every_steps": 1}))
+    run.everybody()
+    run.run_to(3)
+    run.disk = None
+    run.run_to(4)
+    run.settle(1)
+    run.join_shard(1)
+    while not loading(run)[2:]:
+        run.step()
+    assert {call.checkpoint for call in loading(run)[2:]} == {"step-00000003"}
+    assert [shard.version for shard in run.shards.values()] == [3, 3]
+    assert run.journal("rollback")[1:] == []
+    new = run.restart()
+    for shard in range(2):
+        new.join_shard(shard, again=True)
+    for rank in range(2):
+        new.join_worker(rank)
+    new.run(lambda: bool(new.of(TellDecision)))
+    assert [call.checkpoint for call in loading(new)] == ["step-00000003"] * 2
+    assert new.of(TellDecision)[0].decision.step == 3
+    assert new.journal("rollback")[-1]["version"] == 3
+    new.run()
+    assert new.end.ok
