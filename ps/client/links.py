@@ -102,9 +102,12 @@ class ShardLinks:
         for shard, address in enumerate(addresses):
             link = self._links.get(shard)
             if link is None or link.address != address:
-                if link is not None and link.connection is not None:
-                    link.connection.close()
-                self._links[shard] = link = _Link(address, life=link.life if link is not None else 0)
+                if link is not None:
+                    # Its last words are not the new stream's.
+                    link.life += 1
+                    if link.connection is not None:
+                        link.connection.close()
+                self._links[shard] = link = _Link(address)
             self._greet(shard, link)
 
     def close(self) -> None:

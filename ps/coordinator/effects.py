@@ -159,7 +159,7 @@ class Effects:
             candidate = Candidate(folder.name, write_manifest(folder, manifest), action.state)
             metrics.CHECKPOINT_VERSION.set(manifest.version)
             metrics.CHECKPOINT_TIME.set(time.time())
-            layout.retain(directory, self._machine.config.checkpoint.keep)
+            layout.retain(directory, self._machine.config.checkpoint.keep, manifest.version)
         except StorageError as error:
             text = error.message
             if candidate is None:

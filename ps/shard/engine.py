@@ -69,6 +69,8 @@ class ShardEngine:
         #: Guards the protocol; notified when a stream may have something to send.
         self.changed = threading.Condition()
         self.has_state = False
+        #: A checkpoint is in place, and becomes the state when the coordinator says so.
+        self._loaded = False
         self._pool = ThreadPoolExecutor(config.cluster.threads_per_shard, thread_name_prefix="kernel")
         self._snapshots: list[Snapshot] = []
         #: How the last snapshots ended, to be told again after a reconnect.
@@ -94,13 +96,16 @@ class ShardEngine:
     def load(self, fence: Fence, checkpoint: Path | None, manifest_sha256: str) -> None:
         """Forget everything and take the state of a checkpoint, or await initial values.
 
+        It counts as a state once it is served: until the rollback is journaled, a coordinator that starts
+        anew would take it for that of a shard which only has not heard the last decision.
+
         Raises:
             CheckpointDamaged, StorageError: the checkpoint cannot be used; the shard holds no state.
         """
         with self.changed:
             self.protocol.adopt(fence)
             self.protocol.close()
-            self.has_state = False
+            self.has_state = self._loaded = False
             self._prepared = self._last_applied = None
             self.changed.notify_all()
         self._quiesce()
@@ -127,7 +132,7 @@ class ShardEngine:
             self.store.published[chunk.index] = self.store.encode(chunk, manifest.version, manifest.applied)
         with self.changed:
             self.protocol.restored(manifest.version, manifest.applied, manifest.scaler.scale)
-            self.has_state = True
+            self._loaded = True
         log.info("loaded version %d from %s", manifest.version, checkpoint)
 
     def _quiesce(self) -> None:
@@ -150,6 +155,8 @@ class ShardEngine:
         with self.changed:
             self.protocol.adopt(fence)
             self.protocol.serve(step, applied, loss_scale)
+            if self._loaded:
+                self.has_state, self._loaded = True, False
             if self._prepared is not None:
                 self._prepared = None
             self._report_if_prepared()

@@ -68,10 +68,11 @@ def newest(checkpoint_dir: Path) -> Path | None:
     return next(reversed(checkpoints(checkpoint_dir)), None)
 
 
-def retain(checkpoint_dir: Path, keep: int) -> list[Path]:
+def retain(checkpoint_dir: Path, keep: int, newest: int | None = None) -> list[Path]:
     """Remove all but the newest `keep` complete checkpoints, and incomplete older ones.
 
-    When none of those has all its files, the newest that has them is kept as well. A folder that
+    Those of versions after `newest` neither count nor go: a rollback has passed them, perhaps because they
+    are damaged, and they will be written again. When none of those has all its files, the newest that has them is kept as well. A folder that
     cannot be removed is logged and left. Call it when no checkpoint is being written, apart from
     one that is newer than all that are complete.
 
@@ -83,7 +84,7 @@ def retain(checkpoint_dir: Path, keep: int) -> list[Path]:
     """
     if keep < 1:
         raise ValueError(f"keep={keep}: at least one checkpoint is kept")
-    folders = _folders(checkpoint_dir)
+    folders = [folder for folder in _folders(checkpoint_dir) if newest is None or _version(folder) <= newest]
     complete = [folder for folder in folders if _is_complete(folder)]
     if not complete:
         return []
@@ -111,6 +112,10 @@ def _remove(folder: Path) -> None:
     except OSError as error:
         raise StorageError(f"{folder} cannot be removed: {reason(error)}") from error
     remove_tree(folder)
+
+
+def _version(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _is_complete(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -126,9 +127,12 @@ class Progress:
 
 def evaluation_line(record: Record) -> str:
     """An evaluation for people."""
+    # What is not finite was recorded as null.
+    loss, perplexity, bits = (
+        math.nan if record[key] is None else record[key] for key in ("loss", "perplexity", "bits_per_byte")
+    )
     return (
-        f"loss {record['loss']:.4f} nats per token, perplexity {record['perplexity']:.2f}, "
-        f"{record['bits_per_byte']:.4f} bits per byte "
+        f"loss {loss:.4f} nats per token, perplexity {perplexity:.2f}, {bits:.4f} bits per byte "
         f"({record['tokens']:,} tokens, {record['bytes']:,} bytes)"
     )
 
