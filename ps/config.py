@@ -50,9 +50,9 @@ class ClusterConfig(Section):
 
 
 class BatchConfig(Section):
-    micro_batch_size: int = Field(4, ge=1)
+    micro_batch_size: int = Field(2, ge=1)
     """Samples in one forward/backward."""
-    micro_batches_per_step: int = Field(2, ge=1, le=MAX_SLOTS)
+    micro_batches_per_step: int = Field(4, ge=1, le=MAX_SLOTS)
     """G: micro-batches in one optimizer step, over all workers."""
     contributions_per_step: AutoInt = Field(None, ge=1, le=MAX_SLOTS)
     """C: units of work in a step. auto: the number of workers at the first start, at most G."""

@@ -429,8 +429,6 @@ class Machine:
                     self._tell_decision(shard, self.last_decision)
                 else:
                     self._note_applied(shard)
-            if not self.snapshots.has_first():
-                self._save()
             self._begin_step(now)
 
     def _note_applied(self, shard: int) -> None:
@@ -446,7 +444,6 @@ class Machine:
             self.phase = Phase.RUNNING
             for shard in range(self.config.cluster.shards):
                 self._note_applied(shard)
-            self._save()
             self._begin_step(now)
             return
         workers = self.members.live_workers()
@@ -458,8 +455,10 @@ class Machine:
 
     def _running(self, now: float) -> None:
         if self.members.missing_shards():
+            self._give_up_stopping(now)
             return
         self._close_step(now)
+        self._save_first()
         if self._finish_evaluation():
             self._deal(now)
         if self._is_over():
@@ -590,6 +589,29 @@ class Machine:
         elif self.snapshots.failure(version):
             self._end(False, f"the last checkpoint could not be written: {self.snapshots.failure(version)}")
         elif not self.snapshots.is_pending(version):
+            self._save()
+
+    def _give_up_stopping(self, now: float) -> None:
+        """Asked to stop, with a shard that does not come back: what it held cannot be saved."""
+        missing = self.members.missing_shards()[0]
+        member = self.members.get(Role.SHARD, missing)
+        gone = member is None or now - member.last_seen > self.config.membership.lease_s
+        if self.stop_reason is not None and self.snapshots.exists(self.state.version):
+            self._end(True, self._end_reason())
+        elif self.stop_reason is not None and gone:
+            newest = choose_checkpoint(self.snapshots.candidates)
+            left = f"the last checkpoint is {newest.name}" if newest is not None else "there is no checkpoint"
+            self._end(
+                False,
+                f"{self.stop_reason}, but {self._absent(Role.SHARD, missing, now)}: version {self.state.version} "
+                f"could not be saved; {left}",
+            )
+
+    def _save_first(self) -> None:
+        """Without any checkpoint there is nothing to go back to: one is made before the next decision."""
+        version = self.state.version
+        begun = self.snapshots.has_first() or self.snapshots.is_pending(version) or self.snapshots.failure(version)
+        if not begun and self._all_applied():
             self._save()
 
     def _end_reason(self) -> str:

@@ -71,8 +71,10 @@ def newest(checkpoint_dir: Path) -> Path | None:
 def retain(checkpoint_dir: Path, keep: int, newest: int | None = None) -> list[Path]:
     """Remove all but the newest `keep` complete checkpoints, and incomplete older ones.
 
-    Those of versions after `newest` neither count nor go: a rollback has passed them, perhaps because they
-    are damaged, and they will be written again. When none of those has all its files, the newest that has them is kept as well. A folder that
+    Those of versions after `newest` neither count nor go: a rollback has passed them, perhaps because
+    they are damaged, and they will be written again.
+
+    When none of those has all its files, the newest that has them is kept as well. A folder that
     cannot be removed is logged and left. Call it when no checkpoint is being written, apart from
     one that is newer than all that are complete.
 

@@ -112,7 +112,7 @@ def test_role_flags_come_from_the_command_line_or_the_environment(
     monkeypatch.setenv("WINDLASS_METRICS_LISTEN", "b:4")
     assert main(["shard"]) == 7
     assert main(["worker", "--device", "cpu"]) == 7
-    assert role == [("a:1", 2, "0.0.0.0:9", None), ("b:2", 3, "b:3", "b:4"), ("b:2", None, "cpu", "b:4")]
+    assert role == [("a:1", 2, "0.0.0.0:9", None), ("b:2", 3, "b:3", "b:4"), ("b:2", None, "cpu", "b:3", "b:4")]
 
 
 def test_a_roles_error_is_one_line(capsys: pytest.CaptureFixture[str], role: list[object]) -> None:

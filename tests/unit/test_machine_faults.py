@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ps.coordinator.actions import Configure, Control, Record, TellDeal, TellDecision
+from ps.coordinator.actions import Configure, Control, Record, TellDeal, TellDecision, TellSnapshot
 from ps.coordinator.dealing import Dealing
 from ps.coordinator.recorder import Recorder
 from ps.errors import MismatchError, PeerUnavailable, StaleFence
@@ -142,3 +142,60 @@ def test_a_coordinator_that_dies_between_loading_and_the_rollback(tmp_path: Path
     assert new.journal("rollback")[-1]["version"] == 3
     new.run()
     assert new.end.ok
+
+
+def test_a_new_coordinator_without_checkpoints_saves_what_every_shard_has_applied(run: FakeRun) -> None:
+    """A shard that is still updating could not write the version, and would not be asked again."""
+    run.everybody()
+    run.run_to(2)
+    run.shards[1].slow = True
+    run.run_to(3)
+    assert [shard.version for shard in run.shards.values()] == [3, 2]
+    run.checkpoints.clear()
+    new = run.restart()
+    for shard in range(2):
+        new.join_shard(shard, again=True)
+    for rank in range(2):
+        # They wait for the weights.
+        new.join_worker(rank).idle = True
+    for _ in range(5):
+        new.step()
+        new.work()
+    assert [told.shard for told in new.of(TellDecision)] == [1]
+    assert new.of(TellSnapshot) == []
+    new.shards[1].slow = False
+    new.apply(new.shards[1])
+    for worker in new.workers.values():
+        worker.idle = False
+    new.run()
+    assert new.end.ok
+    assert new.prepared_checkpoints() == [3, 6]
+
+
+def test_asked_to_stop_while_a_shard_is_gone_for_good(run: FakeRun) -> None:
+    """What it held cannot be saved, and nobody may bring it back."""
+    run.everybody()
+    run.run_to(2)
+    run.machine.disconnect(run.member(Role.SHARD, 1), run.now)
+    run.step(0.5)
+    run.machine.stop("asked to stop")
+    run.run(lambda: run.ended or run.now > 30.0, tick=0.1)
+    assert run.ended
+    assert not run.end.ok
+    assert "shard 1" in run.end.reason
+    assert "step-00000000" in run.end.reason
+    assert run.now > run.config.membership.lease_s
+
+
+def test_asked_to_stop_while_a_shard_is_away_for_a_moment(run: FakeRun) -> None:
+    run.everybody()
+    run.run_to(2)
+    run.machine.disconnect(run.member(Role.SHARD, 1), run.now)
+    run.step(0.5)
+    run.machine.stop("asked to stop")
+    for _ in range(5):
+        run.step(1.0)
+    run.join_shard(1, again=True)
+    run.run()
+    assert run.end.ok
+    assert run.prepared_checkpoints() == [0, 2]
