@@ -54,7 +54,5 @@ def test_any_range(data: st.DataObject) -> None:
                 reader.read("exp_avg", start, out)
                 assert out.tobytes() == arrays["exp_avg"][start:stop].tobytes()
                 needed = {file.name for file in reader.files_for([(start, stop)])}
-                owners = {
-                    chunk.shard for chunk in reader.plan.chunks if chunk.start < stop and chunk.stop > start
-                }
+                owners = {chunk.shard for chunk in reader.plan.chunks if chunk.start < stop and chunk.stop > start}
                 assert needed == ({reader.manifest.files[s].name for s in owners} if start < stop else set())

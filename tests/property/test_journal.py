@@ -84,9 +84,7 @@ def test_garbage_behind_the_last_record_is_a_torn_tail(written: list[dict[str, A
 
 @settings(max_examples=40)
 @given(records, st.data())
-def test_a_file_cut_or_flipped_is_opened_or_refused(
-    written: list[dict[str, Any]], data: st.DataObject
-) -> None:
+def test_a_file_cut_or_flipped_is_opened_or_refused(written: list[dict[str, Any]], data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with Journal.open(folder) as journal:

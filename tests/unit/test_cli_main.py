@@ -134,7 +134,7 @@ def test_the_coordinator_settles_the_job(
     assert main(arguments) == 7
     code, _, err = run(capsys, *arguments, "training.steps=7")
     assert code == 2
-    assert "training.steps is 600, not 7" in err
+    assert "training.steps is 400, not 7" in err
     assert main([*arguments, "training.steps=7", "--resume"]) == 7
     assert RunFolder(tmp_path / "run").read_job().training.steps == 7
 

@@ -51,9 +51,7 @@ def test_a_file_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "replace"])
-def test_a_failed_write_keeps_the_old_content(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
+def test_a_failed_write_keeps_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     path = tmp_path / "a"
     write_atomic(path, b"old")
 
@@ -148,9 +146,7 @@ def test_another_folder_is_found_out(tmp_path: Path) -> None:
     name, nonce = write_nonce(tmp_path / "coordinator")
     (tmp_path / "shard").mkdir()
     for folder in (tmp_path / "shard", tmp_path / "missing"):
-        with pytest.raises(
-            StorageError, match=r"of this shard is not the coordinator's.*set checkpoint\.dir"
-        ):
+        with pytest.raises(StorageError, match=r"of this shard is not the coordinator's.*set checkpoint\.dir"):
             check_nonce(folder, name, nonce)
 
 

@@ -130,9 +130,7 @@ def test_the_old_term_is_on_disk_before_a_new_one(tmp_path: Path, monkeypatch: p
     write(tmp_path, 2)
     synced = []
     fsync = os.fsync
-    monkeypatch.setattr(
-        os, "fsync", lambda fd: (fsync(fd), synced.append(str(Path(f"/proc/self/fd/{fd}").readlink())))
-    )
+    monkeypatch.setattr(os, "fsync", lambda fd: (fsync(fd), synced.append(str(Path(f"/proc/self/fd/{fd}").readlink()))))
     with Journal.open(tmp_path):
         assert str(segment_path(tmp_path, 1)) in synced
 
@@ -217,9 +215,7 @@ def test_a_full_disk_fails_once_and_for_all(tmp_path: Path) -> None:
         assert reopened.records[1:] == [decision(0)]
 
 
-def test_a_failed_background_fsync_is_never_forgotten(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_background_fsync_is_never_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal.open(tmp_path)
     journal.begin_term()
     calls = []
@@ -252,9 +248,7 @@ def test_begin_term_on_a_full_disk_takes_no_term(tmp_path: Path, monkeypatch: py
         assert reopened.begin_term() == 1
 
 
-@pytest.mark.parametrize(
-    "record", [{}, {"type": 3}, {"type": "x", "value": object()}, {"type": "x", "n": 2**64}]
-)
+@pytest.mark.parametrize("record", [{}, {"type": 3}, {"type": "x", "value": object()}, {"type": "x", "n": 2**64}])
 def test_what_is_no_record_leaves_the_journal_usable(tmp_path: Path, record: dict[str, object]) -> None:
     with Journal.open(tmp_path) as journal:
         journal.begin_term()

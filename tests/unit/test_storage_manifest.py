@@ -77,9 +77,7 @@ def test_what_could_not_be_read_is_not_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "replace"])
-def test_no_space_left_means_no_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
+def test_no_space_left_means_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     folder = tmp_path / "step-00000100"
     manifest = written(folder)
 
@@ -96,15 +94,11 @@ def test_no_space_left_means_no_checkpoint(
 
 def test_no_manifest_no_checkpoint(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(
-            CheckpointNotFound, match=r"is not a complete checkpoint: it has no manifest\.json"
-        ):
+        with pytest.raises(CheckpointNotFound, match=r"is not a complete checkpoint: it has no manifest\.json"):
             read_manifest(folder)
 
 
-def test_a_manifest_that_may_not_be_read_is_not_called_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_manifest_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: Path) -> bytes:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 

@@ -188,9 +188,7 @@ def test_another_header_is_refused(tmp_path: Path, entry: object) -> None:
         ShardFileReader(path)
 
 
-def test_a_file_that_may_not_be_read_is_not_called_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _written(tmp_path)
 
     def refuse(*_: object) -> int:
