@@ -74,10 +74,10 @@ class Contributor:
             device.seed(slot_seed(self._seed, step, slot))
             loss = self._model.loss(batch_BT)
             (loss * factor).backward()
-            losses.append(loss.detach().double())
+            losses.append(loss.detach())
             tokens += batch_BT.shape[0] * (batch_BT.shape[1] - 1)
-        # One transfer at the end: the device is not waited for in between.
-        return Computed(float(torch.stack(losses).sum()), tokens)
+        # One transfer at the end: the device is not waited for in between. Not every device has float64.
+        return Computed(float(torch.stack(losses).cpu().double().sum()), tokens)
 
     def evaluate(self, part: int) -> tuple[float, int, int]:
         """Evaluate one part of the held-out data: (loss sum in nats, tokens, bytes of text)."""

@@ -44,5 +44,5 @@ def evaluate_windows(model: GPT, windows: npt.NDArray[np.int64], batch_size: int
             tokens_BT = torch.from_numpy(windows[start : start + batch_size]).to(device)
             logits_BLV = model(tokens_BT[:, :-1])
             losses = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BT[:, 1:].flatten(), reduction="none")
-            loss_sum += float(losses.double().sum())
+            loss_sum += float(losses.cpu().double().sum())
     return loss_sum, windows.shape[0] * (windows.shape[1] - 1)

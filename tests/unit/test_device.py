@@ -1,0 +1,78 @@
+"""Devices: which one, in what it computes, and how chunks move; the accelerator's way also without one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ps.config import PrecisionConfig
+from ps.errors import ConfigError
+from ps.types import WireDtype
+from workers.engine import device
+
+SIZE = 70_000
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+DEVICES = ["cpu", pytest.param("cuda", marks=[cuda, pytest.mark.cuda])]
+
+
+def wire_values(wire: WireDtype) -> np.ndarray:
+    """Elements of the wire dtype, read-only as a received payload is."""
+    values = torch.randn(SIZE, generator=torch.Generator().manual_seed(3)).to(device._TORCH[wire])
+    bits = values.view(torch.int16).numpy().view(np.uint16) if wire.itemsize == 2 else values.numpy()
+    bits.flags.writeable = False
+    return bits
+
+
+def movers(name: str, wire: WireDtype) -> list[device.Mover]:
+    target = torch.device(name)
+    accelerator = device.AcceleratorMover(target, wire, SIZE)
+    return [accelerator, device.HostMover(wire)] if name == "cpu" else [accelerator]
+
+
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("wire", list(WireDtype))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_arrive_as_they_were_published(name: str, wire: WireDtype, dtype: torch.dtype) -> None:
+    payload = wire_values(wire)
+    expected = torch.from_numpy(payload.copy().view(np.int16 if wire.itemsize == 2 else np.float32))
+    expected = expected.view(device._TORCH[wire]).to(dtype)
+    for mover in movers(name, wire):
+        weights = torch.zeros(3, SIZE, dtype=dtype, device=name)
+        for row in weights:
+            mover.write(payload, row)
+        for row in weights.cpu():
+            assert torch.equal(row, expected)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("wire", list(WireDtype))
+@pytest.mark.parametrize("divisor", [1, 3, 4])
+def test_gradients_are_divided_and_rounded_once(name: str, wire: WireDtype, divisor: int) -> None:
+    gradient = torch.randn(SIZE, generator=torch.Generator().manual_seed(5)) * 300
+    gradient[7], gradient[8] = 1e6, float("nan")
+    expected = (gradient / divisor).to(device._TORCH[wire])
+    for mover in movers(name, wire):
+        room = np.zeros(SIZE, wire.numpy)
+        mover.read(gradient.to(name), divisor, room)
+        found = torch.from_numpy(room.view(np.int16 if wire.itemsize == 2 else np.float32)).view(device._TORCH[wire])
+        assert torch.equal(found.nan_to_num(nan=-1.0), expected.nan_to_num(nan=-1.0))
+        assert torch.isnan(found[8])
+
+
+def test_a_device_that_is_not_there_is_an_error() -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match=r"worker\.device=cuda"):
+            device.choose("cuda")
+    if not torch.backends.mps.is_available():
+        with pytest.raises(ConfigError, match=r"worker\.device=mps"):
+            device.choose("mps")
+    assert device.choose("cpu").type == "cpu"
+
+
+def test_fp16_is_computed_where_there_is_hardware_for_it() -> None:
+    precision = PrecisionConfig()
+    assert device.compute_dtype(precision, torch.device("cpu")) is torch.float32
+    assert device.compute_dtype(precision, torch.device("cuda")) is torch.float16
+    assert device.compute_dtype(PrecisionConfig(compute="bf16"), torch.device("cpu")) is torch.bfloat16
