@@ -66,7 +66,12 @@ class TrainingConfig(Section):
     target_loss: float | None = Field(None, gt=0)
     """Stop when the held-out loss, in nats per token, is at most this."""
     step_timeout_s: Positive = 600.0
-    """A contribution that makes no progress for so long is given to somebody else."""
+    """A contribution that is not complete so long after it was dealt is given to somebody else."""
+
+    @property
+    def end(self) -> int:
+        """The version at which this start of the run ends."""
+        return min(self.steps, self.stop_at or self.steps)
 
 
 class EvaluationConfig(Section):
@@ -86,7 +91,7 @@ class LossScaleConfig(Section):
     window: int = Field(1000, ge=1)
     """Steps without overflow before the scale doubles."""
     hysteresis: int = Field(2, ge=1)
-    """Overflows that are tolerated before the scale halves."""
+    """So many overflows halve the scale."""
     consecutive_hysteresis: bool = False
     """Refill the hysteresis at every step without overflow."""
     minimum: Positive = 1.0

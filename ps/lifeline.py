@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 #: Names the descriptor of the pipe's read end. Absent: nobody launched this process.
 ENVIRONMENT = "WINDLASS_LIFELINE"
@@ -22,8 +22,6 @@ class Lifeline:
     """The read end of the launcher's pipe."""
 
     fd: int
-    #: Set once the launcher is gone.
-    ended: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
     def from_environment(cls) -> Lifeline | None:
@@ -39,12 +37,7 @@ class Lifeline:
 
     def watch(self, on_end: Callable[[], None]) -> threading.Thread:
         """Call `on_end` when the launcher is gone; `GRACE_S` later, end the process if it is still there."""
-
-        def notify() -> None:
-            self.ended.set()
-            on_end()
-
-        return watch(self.fd, notify)
+        return watch(self.fd, on_end)
 
 
 def watch(fd: int, on_end: Callable[[], None], grace_s: float = GRACE_S) -> threading.Thread:

@@ -10,6 +10,8 @@ from enum import StrEnum
 import msgpack
 import numpy as np
 
+from ps.errors import MismatchError
+
 #: A tensor starts at a multiple of this many elements; kernels never see an unaligned border.
 ALIGNMENT = 64
 #: The flat space is cut at multiples of this; one gradient statistic per segment.
@@ -83,8 +85,16 @@ class ParameterTable:
 
     @classmethod
     def unpack(cls, data: bytes) -> ParameterTable:
-        rows = msgpack.unpackb(data)
-        return cls(tuple(TensorSpec(name, tuple(shape), group) for name, shape, group in rows))
+        """Read what `packed` made.
+
+        Raises:
+            MismatchError: it is something else.
+        """
+        try:
+            rows = msgpack.unpackb(data)
+            return cls(tuple(TensorSpec(str(name), tuple(map(int, shape)), int(group)) for name, shape, group in rows))
+        except (ValueError, TypeError, msgpack.UnpackException) as error:
+            raise MismatchError(f"{len(data)} bytes are not a parameter table: {error}") from None
 
     @property
     def digest(self) -> str:

@@ -18,7 +18,7 @@ import xxhash
 from ps.client.ledger import Ledger, Pulling
 from ps.client.links import Inbox, Lost, Received, ShardLinks
 from ps.client.transport import Transport
-from ps.errors import FenceNotKnown, MismatchError, NotServing, StaleFence, StepNotOpen, VersionGone, WrongHash
+from ps.errors import MismatchError, StaleFence, VersionGone
 from ps.sharding import Chunk, Plan, make_plan
 from ps.types import Fence, ParameterTable, WireDtype, slot_range
 from ps.wire import frame
@@ -27,8 +27,6 @@ from ps.wire.messages import Ack, Initialize, Pull, Push, Refused, Unchanged, We
 log = logging.getLogger(__name__)
 
 Array = np.ndarray
-#: Refusals after which greeting the shard again shows what is to be done.
-_RETRY = (FenceNotKnown, NotServing, StepNotOpen, WrongHash)
 
 
 @dataclass(frozen=True)
@@ -227,7 +225,7 @@ class ParameterClient:
         """
         if isinstance(event, Lost):
             log.info("lost shard %d: %s", event.shard, event.reason)
-            self.links.lost(event.shard)
+            self.links.lost(event)
             return
         try:
             _HANDLERS[type(event.header)](self, event)
@@ -305,7 +303,8 @@ class ParameterClient:
         elif isinstance(error, VersionGone):
             # The next deal names a newer version.
             self._pulling = None
-        elif isinstance(error, _RETRY):
+        elif error.retry:
+            # Greeting the shard again shows what is to be done.
             log.info("shard %d: %s", event.shard, error.message)
             self.links.retry(event.shard)
         else:

@@ -42,6 +42,8 @@ class Lost:
 
     shard: int
     reason: str
+    #: Of the connection that it is about; by now there may be another one.
+    life: int
 
 
 @dataclass(frozen=True)
@@ -102,12 +104,13 @@ class ShardLinks:
         for shard, address in enumerate(addresses):
             link = self._links.get(shard)
             if link is None or link.address != address:
+                life = 0
                 if link is not None:
                     # Its last words are not the new stream's.
-                    link.life += 1
+                    life = link.life = link.life + 1
                     if link.connection is not None:
                         link.connection.close()
-                self._links[shard] = link = _Link(address)
+                self._links[shard] = link = _Link(address, life=life)
             self._greet(shard, link)
 
     def close(self) -> None:
@@ -150,10 +153,12 @@ class ShardLinks:
         """A shard answered: the next failure is retried quickly again."""
         self._links[shard].attempts = 0
 
-    def lost(self, shard: int) -> None:
-        """Forget a broken stream."""
-        self._links[shard].connection = None
-        self.retry(shard)
+    def lost(self, event: Lost) -> None:
+        """Forget a broken stream, unless it was replaced before this was heard."""
+        link = self._links[event.shard]
+        if link.life == event.life:
+            link.connection = None
+            self.retry(event.shard)
 
     def tick(self) -> float:
         """Do what is due; returns the seconds until something is, at most 1."""
@@ -180,8 +185,15 @@ class ShardLinks:
 
         def on_frame(data: bytes) -> None:
             RECEIVED_BYTES.inc(len(data))
-            fields, payload = frame.decode(data)
-            header = parse_to_worker(fields)
+            try:
+                fields, payload = frame.decode(data)
+                header = parse_to_worker(fields)
+            except MalformedFrame as error:
+                # What is lost with it is not known: the stream begins anew.
+                log.error("shard %d sent what is not a frame, and its stream is closed: %s", shard, error.message)
+                if link.life == life and link.connection is not None:
+                    link.connection.close()
+                return
             if isinstance(header, Weights):
                 while not window.acquire(timeout=1.0):
                     if link.life != life:
@@ -191,18 +203,6 @@ class ShardLinks:
 
         def on_close(reason: str) -> None:
             if link.life == life:
-                self._inbox.put(Lost(shard, reason))
+                self._inbox.put(Lost(shard, reason, life))
 
-        link.connection = self._transport.connect(link.address, _checked(on_frame), on_close)
-
-
-def _checked(on_frame: Any) -> Any:
-    """A frame that is none must end the stream, not the thread that reads it, silently."""
-
-    def checked(data: bytes) -> None:
-        try:
-            on_frame(data)
-        except MalformedFrame as error:
-            log.error("dropped a frame from a shard: %s", error.message)
-
-    return checked
+        link.connection = self._transport.connect(link.address, on_frame, on_close)

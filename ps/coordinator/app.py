@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
@@ -29,6 +30,7 @@ from ps.errors import PsError, StorageError
 from ps.storage import layout
 from ps.storage.journal import Journal
 from ps.storage.manifest import Manifest, read_manifest
+from ps.telemetry import logs
 from ps.telemetry.exporter import serve_metrics
 from ps.types import Role
 from ps.wire.health import Health, enable_reflection
@@ -50,12 +52,14 @@ class CoordinatorApp:
         self._config = config
         self._ended = threading.Event()
         self._outcome: tuple[bool, str] = (True, "")
-        self._waited = (0.0, "")
+        #: Since when the run has been at which version.
+        self._waited = (0.0, -1)
         self._server = make_server(MAX_SESSIONS)
         port = bind(self._server, listen)
         self._journal = Journal.open(config.run_dir / "journal")
         try:
             history = self._open_history()
+            job_json = _with_contributions(job_json, config.contributions, history.contributions)
             candidates, rejected = _candidates(config.checkpoint_dir)
             term = self._journal.begin_term()
             self._name_run(history)
@@ -66,6 +70,8 @@ class CoordinatorApp:
         self._sessions = Sessions()
         self._loop = Loop(self._after_each, self._failed)
         self._recorder = Recorder(config.run_dir, history.run)
+        self._recorder.keep(history.recorded, set(history.evaluations))
+        metrics_listen = f"{config.telemetry.metrics_host}:0" if config.telemetry.metrics else None
         self._self = MemberState(
             Role.COORDINATOR,
             0,
@@ -73,7 +79,7 @@ class CoordinatorApp:
             os.getpid(),
             socket.gethostname(),
             f"{reachable(listen)}:{port}",
-            serve_metrics(f"{config.telemetry.metrics_host}:0") if config.telemetry.metrics else "",
+            f"{reachable(metrics_listen)}:{serve_metrics(metrics_listen)}" if metrics_listen else "",
         )
         self._effects = Effects(
             self._machine, self._loop, self._sessions, self._journal, self._recorder, self._self, job_json, self._end
@@ -147,9 +153,11 @@ class CoordinatorApp:
         metrics.EPOCH.set(machine.fence.epoch)
         metrics.TERM.set(machine.fence.term)
         metrics.LOSS_SCALE.set(machine.state.scaler.scale)
-        since, version = self._waited[0], str(machine.state.version)
+        metrics.APPLIED.set(machine.state.applied)
+        since, version = self._waited[0], machine.state.version
         if version != self._waited[1] or machine.phase is Phase.ENDED:
             self._waited = (now, version)
+            logs.bind(step=version)
         elif now - since > WAIT_LOG_S:
             self._waited = (now, version)
             waiting = machine.waiting_for(now)
@@ -162,6 +170,16 @@ class CoordinatorApp:
 
     def _failed(self, error: BaseException) -> None:
         self._end(False, error.message if isinstance(error, PsError) else f"the coordinator failed: {error}")
+
+
+def _with_contributions(job_json: str, asked: int, journaled: int) -> str:
+    """Hand out the job with the run's own C: a worker that cuts steps otherwise would push wrong gradients."""
+    if asked == journaled:
+        return job_json
+    log.warning("batch.contributions_per_step=%d: this run keeps the %d that it began with", asked, journaled)
+    job = json.loads(job_json)
+    job["batch"] = {**job.get("batch", {}), "contributions_per_step": journaled}
+    return json.dumps(job)
 
 
 def _candidates(checkpoint_dir: Path) -> tuple[list[Candidate], list[str]]:

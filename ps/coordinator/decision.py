@@ -83,14 +83,9 @@ def group_scalars(config: RunConfig, factor: float) -> tuple[GroupScalars, ...]:
     return (GroupScalars(lr, config.optimizer.weight_decay), GroupScalars(lr, 0.0))
 
 
-def last_step(config: RunConfig) -> int:
-    """The version at which this start of the run ends."""
-    return min(config.training.steps, config.training.stop_at or config.training.steps)
-
-
 def is_snapshot_due(config: RunConfig, version: int) -> bool:
     every = config.checkpoint.every_steps
-    return version == last_step(config) or bool(every and version % every == 0)
+    return version == config.training.end or bool(every and version % every == 0)
 
 
 def same_content(one: Decision, other: Decision) -> bool:

@@ -73,6 +73,7 @@ class Effects:
         self._job_json = job_json
         self._on_end = on_end
         self._nonce: tuple[str, str] | None = None
+        self._plan_digest_made = ""
         self._pool = ThreadPoolExecutor(min(32, machine.config.cluster.shards + 1), thread_name_prefix="effect")
         self._do: dict[type, Callable[..., None]] = {
             actions.Configure: self._configure,
@@ -98,6 +99,26 @@ class Effects:
         """Do these, in order."""
         for action in wanted:
             self._do[type(action)](action)
+
+    def _in_background(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Do slow work on a thread of the pool; what it did not expect ends the coordinator, not just the thread."""
+
+        def guarded() -> None:
+            try:
+                work(*arguments)
+            except Exception as error:
+                log.exception("a thread of the coordinator failed")
+                self._on_end(False, f"the coordinator failed: {error}")
+
+        self._pool.submit(guarded)
+
+    def _plan_digest(self) -> str:
+        """The digest of the run's plan; the table never changes, and a plan takes long for a large one."""
+        if not self._plan_digest_made:
+            table = self._machine.history.table
+            assert table is not None, "there is a plan once there is a model"
+            self._plan_digest_made = make_plan(table, self._machine.config.cluster.shards).digest
+        return self._plan_digest_made
 
     # -- Disk -----------------------------------------------------------------------------------
 
@@ -141,7 +162,7 @@ class Effects:
             scaler=ScalerState(state.scaler.scale, state.scaler.hysteresis, state.scaler.last_overflow),
             table=table,
             num_shards=machine.config.cluster.shards,
-            plan_digest=make_plan(table, machine.config.cluster.shards).digest,
+            plan_digest=self._plan_digest(),
             moments=machine.config.optimizer.moment_names,
             files=tuple(ShardFile(*file) for file in action.files),
             job=json.loads(self._job_json),
@@ -149,7 +170,7 @@ class Effects:
             windlass_version=distribution_version("windlass"),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        self._pool.submit(self._complete_checkpoint, manifest, action)
+        self._in_background(self._complete_checkpoint, manifest, action)
 
     def _complete_checkpoint(self, manifest: Manifest, action: actions.WriteManifest) -> None:
         directory = self._machine.config.checkpoint_dir
@@ -160,8 +181,8 @@ class Effects:
             metrics.CHECKPOINT_VERSION.set(manifest.version)
             metrics.CHECKPOINT_TIME.set(time.time())
             layout.retain(directory, self._machine.config.checkpoint.keep, manifest.version)
-        except StorageError as error:
-            text = error.message
+        except (StorageError, ValueError, TypeError) as error:
+            text = error.message if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
             if candidate is None:
                 metrics.CHECKPOINT_FAILURES.inc()
             else:
@@ -181,7 +202,7 @@ class Effects:
                 lambda _: self._machine.configure_failed(action.shard, action.fence, action.control, failure, True)
             )
             return
-        self._pool.submit(self._call_configure, action, member.address, request)
+        self._in_background(self._call_configure, action, member.address, request)
 
     def _configure_request(self, action: actions.Configure) -> shard_pb2.ConfigureRequest:
         machine = self._machine
@@ -223,6 +244,13 @@ class Effects:
             fatal = isinstance(failure, MismatchError | ConfigError)
             self._loop.post(lambda _: machine.configure_failed(shard, fence, control, failure, fatal))
             return
+        if response.plan_digest != self._plan_digest():
+            other = MismatchError(
+                f"the plan {response.plan_digest[:12]} of the process at {address} is not the coordinator's "
+                f"{self._plan_digest()[:12]}: their versions of windlass differ"
+            )
+            self._loop.post(lambda _: machine.configure_failed(shard, fence, control, other, True))
+            return
         last = from_proto(Decision, response.last_decision) if response.HasField("last_decision") else None
         inspection = Inspection(response.has_state, response.version, last)
         self._loop.post(lambda _: machine.configured(shard, fence, control, inspection))
@@ -238,10 +266,9 @@ class Effects:
 
     def _tell_cluster(self, action: actions.TellCluster) -> None:
         machine = self._machine
-        assert machine.history.table is not None, "workers hear of a cluster once it serves"
         cluster = pb.Cluster(
             fence=to_proto(action.fence),
-            plan_digest=make_plan(machine.history.table, machine.config.cluster.shards).digest,
+            plan_digest=self._plan_digest(),
             shards=[member_message(member) for member in machine.members.of(Role.SHARD)],
             contributions=machine.history.contributions,
             step=action.state.version,
@@ -273,7 +300,6 @@ def _export(line: dict[str, Any]) -> None:
         return
     metrics.STEP.set(line["step"] + 1)
     metrics.SKIPPED.inc(int(line["skipped"]))
-    metrics.APPLIED.inc(int(not line["skipped"]))
     metrics.TOKENS.inc(line["tokens"])
     metrics.LEARNING_RATE.set(line["learning_rate"])
     for gauge, key in ((metrics.LOSS, "loss"), (metrics.GRADIENT_NORM, "gradient_norm")):

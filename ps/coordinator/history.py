@@ -32,7 +32,8 @@ class History:
         self.recorded: set[int] = set()
         for record in records:
             self._replay(record)
-        self.recorded = {step for step in self.recorded if step in self.decisions}
+        last = self.last_decision
+        self.recorded = {step for step in self.recorded if last is not None and step <= last.step}
 
     @property
     def last_decision(self) -> Decision | None:

@@ -28,7 +28,7 @@ from ps.coordinator.actions import (
     TellSnapshot,
 )
 from ps.coordinator.dealing import Dealing
-from ps.coordinator.decision import TrainingState, after, decide, last_step, same_content
+from ps.coordinator.decision import TrainingState, after, decide, same_content
 from ps.coordinator.evaluation import Evaluation
 from ps.coordinator.history import History
 from ps.coordinator.members import Members, MemberState
@@ -171,7 +171,8 @@ class Machine:
             MismatchError: this worker's are others than the run's.
             ConfigError: the table cannot be planned.
         """
-        make_plan(table, self.config.cluster.shards)
+        if self.history.table is None:
+            make_plan(table, self.config.cluster.shards)
         record = self.history.set_model(member.name, table, data_digest, evaluation_parts)
         if record is not None:
             self._actions.append(Journal(record, sync=True))
@@ -191,13 +192,13 @@ class Machine:
 
     def configured(self, shard: int, fence: Fence, control: Control, inspection: Inspection) -> None:
         """A shard carried out Configure."""
-        if fence == self.fence and control.value == _CONTROL_OF.get(self.phase):
+        if fence == self.fence and control is _CONTROL_OF.get(self.phase):
             self._answered.add(shard)
             self._inspections[shard] = inspection
 
     def configure_failed(self, shard: int, fence: Fence, control: Control, error: PsError, fatal: bool) -> None:
         """A shard could not carry out Configure: a damaged checkpoint, or it is gone."""
-        if fence != self.fence or control.value != _CONTROL_OF.get(self.phase):
+        if fence != self.fence or control is not _CONTROL_OF.get(self.phase):
             return
         # A shard that died while it loaded says nothing about the checkpoint.
         damaged = control is Control.LOAD and isinstance(error, StorageError)
@@ -548,8 +549,9 @@ class Machine:
         seconds = now - self._closed_at if self._closed_at is not None else None
         self._closed_at = now
         hashes = [self._applied[shard].state_hash for shard in range(self.config.cluster.shards)]
-        self._actions.append(Journal({"type": "applied", "step": decision.step, "hashes": hashes}))
+        # The line first: at a start, lines that the journal does not confirm are dropped.
         self._actions.append(Record(self._timings.line(decision, seconds)))
+        self._actions.append(Journal({"type": "applied", "step": decision.step, "hashes": hashes}))
         self._timings = Timings()
 
     # -- Evaluation and end ---------------------------------------------------------------------
@@ -564,12 +566,12 @@ class Machine:
         result = self.evaluation.result()
         self.evaluation = None
         self.history.evaluations[result["version"]] = result
-        self._actions.append(Journal({"type": "evaluation", **result}))
         self._actions.append(Record({"kind": "evaluation", **{key: finite(value) for key, value in result.items()}}))
+        self._actions.append(Journal({"type": "evaluation", **result}))
         return True
 
     def _reached_end(self) -> bool:
-        return self.state.version >= last_step(self.config)
+        return self.state.version >= self.config.training.end
 
     def _target_reached(self) -> bool:
         target = self.config.training.target_loss
@@ -671,9 +673,9 @@ class Machine:
 
 
 _CONTROL_OF = {
-    Phase.INSPECTING: Control.INSPECT.value,
-    Phase.LOADING: Control.LOAD.value,
-    Phase.OPENING: Control.SERVE.value,
+    Phase.INSPECTING: Control.INSPECT,
+    Phase.LOADING: Control.LOAD,
+    Phase.OPENING: Control.SERVE,
 }
 _STEPS = {
     Phase.GATHERING: Machine._gathering,

@@ -111,6 +111,3 @@ class Members:
                 member.live = False
                 expired.append(member)
         return expired
-
-    def forget(self, role: Role, rank: int) -> None:
-        self._members.pop((role, rank), None)

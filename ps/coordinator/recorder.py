@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,19 @@ class Recorder:
 
     def rewind(self, version: int) -> None:
         """Drop what is about to be computed again: steps from `version` on, evaluations after it."""
-        lines = [line for line in self._lines() if _belongs(json.loads(line), version)]
-        write_atomic(self._metrics, "".join(line + "\n" for line in lines).encode())
+        self._retain(lambda line: _belongs(line, version))
+
+    def keep(self, steps: Container[int], evaluations: Container[int]) -> None:
+        """Drop lines of steps and evaluations that are not among these: a killed coordinator's last words."""
+        self._retain(
+            lambda line: line["version"] in evaluations if line["kind"] == "evaluation" else line["step"] in steps
+        )
+
+    def _retain(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        lines = self._lines()
+        kept = [line for line in lines if wanted(json.loads(line))]
+        if kept != lines:
+            write_atomic(self._metrics, "".join(line + "\n" for line in kept).encode())
 
     def members(self, members: Sequence[MemberState]) -> None:
         """Write who is there: for people and tools, and as targets for Prometheus."""

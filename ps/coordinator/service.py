@@ -108,7 +108,11 @@ class CoordinatorServicer(pb_grpc.CoordinatorServicer):
         if first is None or first.WhichOneof("event") != "hello":
             abort(context, MismatchError("the first message of a session is hello"))
             return
-        who = _member(first.hello.member)
+        try:
+            who = _member(first.hello.member)
+        except MismatchError as error:
+            abort(context, error)
+            return
         key = (who.role, who.rank)
         member = self._loop.call(lambda _: self._machine.members.find(who.role, who.rank, who.incarnation))
         if member is None:

@@ -6,8 +6,7 @@ import math
 
 from protos.ps.v1 import common_pb2
 from protos.ps.v1 import coordinator_pb2 as pb
-from ps.coordinator.decision import last_step
-from ps.coordinator.machine import Machine
+from ps.coordinator.machine import Machine, Phase
 from ps.coordinator.members import MemberState
 from ps.types import Role
 from ps.wire.proto import to_proto
@@ -21,10 +20,10 @@ def status(machine: Machine, now: float) -> pb.StatusResponse:
     return pb.StatusResponse(
         run=machine.history.run,
         fence=to_proto(machine.fence),
-        phase="stopping" if machine.stop_reason else machine.phase.value,
+        phase="stopping" if machine.stop_reason and machine.phase is not Phase.ENDED else machine.phase.value,
         version=machine.state.version,
         applied=machine.state.applied,
-        steps=last_step(machine.config),
+        steps=machine.config.training.end,
         loss=decision.loss if decision else math.nan,
         evaluation_loss=evaluations[max(evaluations)]["loss"] if evaluations else math.nan,
         loss_scale=machine.state.scaler.scale,

@@ -59,7 +59,7 @@ class ShardApp:
             pid=os.getpid(),
             host=socket.gethostname(),
             address=f"{reachable(listen)}:{port}",
-            metrics_address=serve_metrics(metrics_listen) if metrics_listen else "",
+            metrics_address=f"{reachable(metrics_listen)}:{serve_metrics(metrics_listen)}" if metrics_listen else "",
         )
         self._session = Session(coordinator, member, self._on_message, self._on_connect)
 
@@ -100,6 +100,8 @@ class ShardApp:
             engine.resend()
             if engine.has_state and engine.protocol.serving:
                 self._health.serving()
+            else:
+                self._health.not_serving()
 
     def leave(self) -> None:
         """Ask the coordinator to save the state, then go."""

@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 
 from ps.config import RunConfig
-from ps.errors import MismatchError, NotServing, PsError
+from ps.errors import MismatchError, NotServing, PsError, WaitTimeout
 from ps.kernels import reduce as kernels
 from ps.kernels.update import Update
 from ps.shard import metrics
@@ -30,6 +30,7 @@ from ps.storage.layout import checkpoint_folder
 from ps.storage.manifest import read_manifest
 from ps.storage.reader import CheckpointReader
 from ps.storage.shard_file import ShardFile
+from ps.telemetry import logs
 from ps.types import Applied, Decision, Fence, ParameterTable, Prepared
 from ps.wire.messages import Initialize, Push
 
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 
 #: Snapshots that may be on their way to the disk when the next update begins.
 MAX_SNAPSHOTS = 2
+#: What the kernels at work may take to end before state is loaded.
+QUIESCE_S = 60.0
 
 
 @dataclass
@@ -79,7 +82,7 @@ class ShardEngine:
         self._asked_again: set[int] = set()
         self._prepared: Prepared | None = None
         self._last_applied: Applied | None = None
-        metrics.PARAMETERS.set(self.store.num_elements)
+        metrics.ELEMENTS.set(self.store.num_elements)
 
     def close(self) -> None:
         """Stop the kernel threads; pending work is dropped."""
@@ -101,6 +104,8 @@ class ShardEngine:
 
         Raises:
             CheckpointDamaged, StorageError: the checkpoint cannot be used; the shard holds no state.
+            MismatchError: it is not the coordinator's, or another model's.
+            WaitTimeout: kernels are still at work.
         """
         with self.changed:
             self.protocol.adopt(fence)
@@ -136,11 +141,20 @@ class ShardEngine:
         log.info("loaded version %d from %s", manifest.version, checkpoint)
 
     def _quiesce(self) -> None:
-        """Wait until no kernel and no snapshot touches the arrays any more."""
+        """Wait until no kernel and no snapshot touches the arrays any more.
+
+        Raises:
+            WaitTimeout: a kernel does not end; asking again may succeed.
+        """
         barrier = threading.Barrier(self.config.cluster.threads_per_shard + 1)
         for _ in range(self.config.cluster.threads_per_shard):
-            self._pool.submit(barrier.wait, 60.0)
-        barrier.wait(60.0)
+            self._pool.submit(barrier.wait, QUIESCE_S)
+        try:
+            barrier.wait(QUIESCE_S)
+        except threading.BrokenBarrierError:
+            raise WaitTimeout(
+                f"shard {self.shard}: its kernel threads are still busy after {QUIESCE_S:.0f} s"
+            ) from None
         self._await_snapshots(0)
 
     def _await_snapshots(self, most: int) -> None:
@@ -246,6 +260,7 @@ class ShardEngine:
     def _close_step(self, decision: Decision) -> None:
         """The decision is carried out; called with the lock held."""
         metrics.STEP.set(decision.version)
+        logs.bind(step=decision.version)
         self._prepared = None
         if decision.snapshot:
             self.snapshot(decision.version)

@@ -18,7 +18,6 @@ from ps.types import Fence
 from ps.wire import frame
 from ps.wire.messages import (
     Ack,
-    Fenced,
     Header,
     Hello,
     Initialize,
@@ -38,8 +37,8 @@ class _Cursor:
     """A pull on its way."""
 
     request: Pull
+    #: Position, among the shard's chunks, of the one that goes next.
     next: int = 0
-    sent: int = 0
 
 
 class Exchange:
@@ -104,12 +103,9 @@ class Exchange:
 
     def _pull(self, header: Pull) -> None:
         with self._engine.changed:
-            self._check_pull(header)
+            self._engine.protocol.check(header)
             self._cursor = _Cursor(header)
             self._engine.changed.notify_all()
-
-    def _check_pull(self, header: Fenced) -> None:
-        self._engine.protocol.check(header)
 
     def _refuse(self, refusal: Refusal, header: Header | None) -> None:
         metrics.REFUSED_FRAMES.labels(refusal.code).inc()
@@ -171,7 +167,6 @@ class Exchange:
                 )
             cursor.next += 1
             if published.applied != request.applied:
-                cursor.sent += 1
                 if cursor.next == len(engine.chunks):
                     self._cursor = None
                 return published.frame

@@ -7,7 +7,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from ps.telemetry.buckets import KERNEL_S
 from ps.telemetry.metrics import RECEIVED_BYTES, SENT_BYTES, STEP
 
-PARAMETERS = Gauge("windlass_shard_elements", "Elements of the flat space that this shard holds, padding included")
+ELEMENTS = Gauge("windlass_shard_elements", "Elements of the flat space that this shard holds, padding included")
 STREAMS = Gauge("windlass_streams", "Open tensor streams")
 PUSHED_FRAMES = Counter("windlass_pushed_frames", "Pushed chunks, by what became of them", ["outcome"])
 REFUSED_FRAMES = Counter("windlass_refused_frames", "Frames that were refused, by error code", ["code"])
@@ -19,7 +19,7 @@ SNAPSHOT_FAILURES = Counter("windlass_snapshot_failures", "Checkpoint files that
 __all__ = [
     "APPLY_SECONDS",
     "CONFLICTS",
-    "PARAMETERS",
+    "ELEMENTS",
     "PUSHED_FRAMES",
     "RECEIVED_BYTES",
     "REDUCE_SECONDS",

@@ -6,7 +6,7 @@ refusal is raised before anything is changed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -279,10 +279,6 @@ class StepProtocol:
         """Take over the counters of a checkpoint that has been loaded."""
         self.step, self.applied, self.loss_scale = step, applied, loss_scale
         self._reset()
-
-    def refence_decision(self, decision: Decision) -> Decision:
-        """A decision that was made under an older fence, as it is told under this one."""
-        return replace(decision, fence=self.fence)
 
     def _owned(self, index: int) -> Chunk:
         chunk = self._chunks.get(index)

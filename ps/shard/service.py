@@ -18,6 +18,7 @@ from ps.shard.exchange import Exchange
 from ps.storage.storage_proof import check_nonce
 from ps.types import Fence, ParameterTable
 from ps.wire import frame
+from ps.wire.messages import State
 from ps.wire.proto import from_proto, to_proto
 from ps.wire.status import abort
 
@@ -34,7 +35,16 @@ class ShardHost:
         self.incarnation = incarnation
         self.engine: ShardEngine | None = None
         self._on_engine = on_engine
+        #: Held while the coordinator configures, which may take as long as loading does.
         self._lock = threading.Lock()
+        self._streams = 0
+        self._streams_lock = threading.Lock()
+
+    def count_stream(self, change: int) -> None:
+        """A tensor stream was opened (1) or has ended (-1)."""
+        with self._streams_lock:
+            self._streams += change
+            metrics.STREAMS.set(self._streams)
 
     def configure(self, request: shard_pb2.ConfigureRequest) -> shard_pb2.ConfigureResponse:
         """Carry out the coordinator's control, one call at a time."""
@@ -114,7 +124,7 @@ class ShardHost:
                 chunks=len(engine.chunks),
                 chunks_reduced=protocol.chunks_reduced,
                 missing=protocol.missing(),
-                streams=int(metrics.STREAMS._value.get()),
+                streams=self._streams,
             )
 
     def snapshot(self, chunks: list[int]) -> Iterator[bytes]:
@@ -130,9 +140,7 @@ class ShardHost:
                 with engine.changed:
                     if engine.protocol.step != version or engine.protocol.deciding is not None:
                         raise NotServing(f"version {version} was left while it was read; try again")
-                    encoded = frame.encode(
-                        {"kind": "state", "version": version, "chunk": chunk.index, "array": name}, array
-                    )
+                    encoded = frame.encode(State(version, chunk.index, name).pack(), array)
                 yield encoded
 
 
@@ -191,11 +199,11 @@ class ShardServicer:
         context.add_callback(exchange.close)
         reader = threading.Thread(target=_read, args=(frames, exchange), name="exchange", daemon=True)
         reader.start()
-        metrics.STREAMS.inc()
+        self._host.count_stream(1)
         try:
             yield from exchange.replies()
         finally:
-            metrics.STREAMS.dec()
+            self._host.count_stream(-1)
             exchange.close()
 
 

@@ -7,8 +7,8 @@ from prometheus_client import start_http_server
 from ps.errors import StartupError
 
 
-def serve_metrics(listen: str) -> str:
-    """Serve metrics on host:port (port 0: any) and return the address that it got.
+def serve_metrics(listen: str) -> int:
+    """Serve metrics on host:port (port 0: any) and return the port.
 
     Raises:
         StartupError: the address cannot be bound.
@@ -18,4 +18,4 @@ def serve_metrics(listen: str) -> str:
         server, _thread = start_http_server(int(port), addr=host)
     except OSError as error:
         raise StartupError(f"cannot serve metrics on {listen}: {error.strerror}") from None
-    return f"{host}:{server.server_port}"
+    return int(server.server_port)

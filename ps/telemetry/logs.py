@@ -14,8 +14,6 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any, TextIO
 
-LEVELS = ("debug", "info", "warning", "error")
-
 
 @dataclass(frozen=True)
 class Context:
@@ -95,7 +93,7 @@ def configure(role: str, rank: int | None, level: str = "info", stream: TextIO |
     Args:
         role: what the process is.
         rank: its number; None while it has none. A shard's rank is its index.
-        level: one of `LEVELS`.
+        level: debug, info, warning or error.
         stream: standard error when absent.
     """
     stream = sys.stderr if stream is None else stream

@@ -38,14 +38,14 @@ def _prefix(header: Mapping[str, Any], payload_bytes: int) -> bytes:
     """Everything before the payload."""
     if not payload_bytes:
         packed = msgpack.packb(header)
-        return b"".join((b"\x0a", _varint(len(packed)), packed))
-    tail = b"\x12" + _varint(payload_bytes)
-    # The pad is one more field, so its own few bytes and the length's varint count too: try all.
+        return b"".join((bytes((_HEADER_TAG,)), _varint(len(packed)), packed))
+    tail = bytes((_PAYLOAD_TAG,)) + _varint(payload_bytes)
+    # The pad is the last field: its length is the last byte, and its bytes follow. The header's own length counts too.
+    packed = msgpack.packb({**header, _PAD: b""})
     for pad in range(2 * _ALIGNMENT):
-        packed = msgpack.packb({**header, _PAD: bytes(pad)})
-        head = b"\x0a" + _varint(len(packed))
-        if (len(head) + len(packed) + len(tail)) % _ALIGNMENT == 0:
-            return b"".join((head, packed, tail))
+        head = bytes((_HEADER_TAG,)) + _varint(len(packed) + pad)
+        if (len(head) + len(packed) + pad + len(tail)) % _ALIGNMENT == 0:
+            return b"".join((head, packed[:-1], bytes((pad,)), bytes(pad), tail))
     raise AssertionError("some pad of 0..31 bytes always aligns")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from ps.errors import BY_CODE, MalformedFrame, Refusal
 from ps.types import Fence
@@ -150,7 +150,16 @@ class Refused(Header):
         return cls(self.message) if cls is not None and issubclass(cls, Refusal) else Refusal(self.message)
 
 
-AnyHeader = TypeVar("AnyHeader", bound=Header)
+@dataclass(frozen=True)
+class State(Header):
+    """One array of one chunk in FP32, as the Snapshot call sends it."""
+
+    kind = "state"
+    version: int
+    chunk: int
+    #: "weights", or an array of the optimizer.
+    array: str
+
 
 _TO_SHARD: dict[str, type[Header]] = {cls.kind: cls for cls in (Hello, Push, Initialize, Pull)}
 _TO_WORKER: dict[str, type[Header]] = {cls.kind: cls for cls in (Welcome, Ack, Weights, Unchanged, Refused)}

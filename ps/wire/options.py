@@ -24,14 +24,28 @@ _STREAM = [
     ("grpc.experimental.tcp_max_read_chunk_size", 4 << 20),
 ]
 
+#: A host that vanishes without a word (power, cable) is noticed after the sum of both, in milliseconds.
+KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 10_000, 10_000
+
+_KEEPALIVE = [
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+
 SERVER: list[tuple[str, Any]] = [
     *_STREAM,
+    *_KEEPALIVE,
+    # Otherwise a peer that keeps its silent connection alive is taken for an attacker and cut off.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
     # Without it a second server on a taken port binds silently and gets half of the calls.
     ("grpc.so_reuseport", 0),
 ]
 
 CHANNEL: list[tuple[str, Any]] = [
     *_STREAM,
+    *_KEEPALIVE,
     # A cluster's own addresses never go through a proxy that the environment names.
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),

@@ -155,10 +155,13 @@ class Session:
         return answered
 
     def _requests(self, outbox: queue.SimpleQueue[pb.SessionRequest | None]) -> Iterator[pb.SessionRequest]:
+        # Due whatever else is sent: it alone says what the member is doing.
+        heartbeat_at = time.monotonic() + self._lease_s / 4
         while True:
             try:
-                request = outbox.get(timeout=self._lease_s / 4)
+                request = outbox.get(timeout=max(0.0, heartbeat_at - time.monotonic()))
             except queue.Empty:
+                heartbeat_at = time.monotonic() + self._lease_s / 4
                 request = pb.SessionRequest(heartbeat=pb.Heartbeat(doing=self._doing))
             if request is None:
                 return

@@ -96,7 +96,7 @@ def test_a_run_goes_to_its_end(cluster: Callable[..., Cluster]) -> None:
     assert code == 0, out
     assert "finished=True" in out
     assert "looking at the text" in out
-    assert "step 1/600  loss 3.5000" in out
+    assert "step 1/400  loss 3.5000" in out
     assert json.loads((made.run / "config.json").read_text())["cluster"]["workers"] == 2
     starts = {name: what for name, _, what in made.events() if what.startswith("start")}
     assert starts.pop("coordinator-0") == "start 127.0.0.1:0 glibc"

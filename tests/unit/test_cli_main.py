@@ -137,6 +137,12 @@ def test_the_coordinator_settles_the_job(
     assert "training.steps is 400, not 7" in err
     assert main([*arguments, "training.steps=7", "--resume"]) == 7
     assert RunFolder(tmp_path / "run").read_job().training.steps == 7
+    # Other workers leave C as it is; what makes another run is refused.
+    assert main([*arguments, "cluster.workers=1", "--resume"]) == 7
+    assert RunFolder(tmp_path / "run").read_job().contributions == 3
+    code, _, err = run(capsys, *arguments, "seed=2", "--resume")
+    assert code == 2
+    assert "seed=2 would make another run" in err
 
 
 def test_a_launcher_that_is_gone_ends_a_role_by_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ps.config import RunConfig
-from ps.coordinator.decision import TrainingState, after, decide, is_snapshot_due, last_step, same_content
+from ps.coordinator.decision import TrainingState, after, decide, is_snapshot_due, same_content
 from ps.coordinator.loss_scaler import LossScaler
 from ps.types import ContributionReport, Decision, Fence, Prepared
 
@@ -187,7 +187,7 @@ def test_a_snapshot_is_due_every_so_many_steps_and_at_the_end() -> None:
     chosen = config(training={"steps": 10}, checkpoint={"every_steps": 4})
     assert [version for version in range(1, 11) if is_snapshot_due(chosen, version)] == [4, 8, 10]
     stopping = config(training={"steps": 10, "stop_at": 7}, checkpoint={"every_steps": 0})
-    assert last_step(stopping) == 7
+    assert stopping.training.end == 7
     assert [version for version in range(1, 8) if is_snapshot_due(stopping, version)] == [7]
     assert decide_on(1.0, training={"steps": 11}).snapshot
     assert not decide_on(1.0, training={"steps": 12}).snapshot

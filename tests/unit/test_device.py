@@ -76,3 +76,5 @@ def test_fp16_is_computed_where_there_is_hardware_for_it() -> None:
     assert device.compute_dtype(precision, torch.device("cpu")) is torch.float32
     assert device.compute_dtype(precision, torch.device("cuda")) is torch.float16
     assert device.compute_dtype(PrecisionConfig(compute="bf16"), torch.device("cpu")) is torch.bfloat16
+    with pytest.raises(ConfigError, match=r"precision\.accumulate=fp16"):
+        device.compute_dtype(PrecisionConfig(accumulate="fp16"), torch.device("cpu"))

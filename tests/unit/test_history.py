@@ -132,3 +132,14 @@ def test_later_workers_have_the_first_ones_model() -> None:
         history.set_model("worker 1", other, "digest", 2)
     with pytest.raises(MismatchError, match=r"worker 1 has other data.*give every worker the same files"):
         history.set_model("worker 1", TABLE, "other", 2)
+
+
+def test_the_lines_of_a_long_run_stay_confirmed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the newest decisions are kept in memory; the lines of all steps are."""
+    monkeypatch.setattr(module, "KEEP", 4)
+    records: list[dict[str, Any]] = []
+    for number in range(30):
+        records += [record(decision(number)), {"type": "applied", "step": number, "hashes": []}]
+    history = replay(*records)
+    assert len(history.decisions) < 30
+    assert history.recorded == set(range(30))

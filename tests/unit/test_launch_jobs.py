@@ -134,7 +134,7 @@ def test_roles_start_as_the_commands_that_people_use() -> None:
     tail = [commands(member, "host:5")[4:] for member in (Member(Role.SHARD, 1), Member(Role.WORKER, 0))]
     assert tail == [
         ["shard", "--coordinator", "host:5", "--index", "1", "--listen", "127.0.0.1:0"],
-        ["worker", "--coordinator", "host:5", "--rank", "0"],
+        ["worker", "--coordinator", "host:5", "--rank", "0", "--listen", "127.0.0.1:0"],
     ]
     first = ["coordinator", "runs/a/config.json", "--listen", "127.0.0.1:0"]
     assert commands(COORDINATOR, None)[4:] == first

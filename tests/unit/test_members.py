@@ -85,8 +85,6 @@ def test_who_is_live(members: Members) -> None:
     assert members.live_workers() == [0, 2]
     shard.live = False
     assert members.missing_shards() == [0, 1]
-    members.forget(Role.WORKER, 0)
-    assert members.live_workers() == [2]
 
 
 def test_leases_and_grace(members: Members) -> None:

@@ -84,3 +84,15 @@ def test_members_and_targets(folder: Path) -> None:
     recorder.members([])
     assert json.loads((folder / "cluster.json").read_text()) == []
     assert sorted(path.name for path in folder.iterdir()) == ["cluster.json", "targets.json"]
+
+
+def test_lines_that_the_journal_does_not_confirm_are_dropped(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, "run")
+    for step in range(4):
+        recorder.record({"kind": "step", "step": step})
+    recorder.record({"kind": "evaluation", "version": 2})
+    recorder.record({"kind": "evaluation", "version": 4})
+    recorder.keep({0, 1, 2}, {2})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "step"] == [0, 1, 2]
+    assert [line["version"] for line in lines if line["kind"] == "evaluation"] == [2]

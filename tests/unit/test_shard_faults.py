@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ps.client.links import Inbox, Received, ShardLinks
+from ps.client.links import Inbox, Lost, Received, ShardLinks
 from ps.errors import DecisionRejected
 from ps.shard.service import ShardHost
 from ps.storage.layout import prepare, retain, version_of
@@ -17,6 +18,7 @@ from ps.types import Fence
 from ps.wire import frame
 from ps.wire.messages import Ack
 from tests.support.checkpoints import make_arrays, make_manifest, make_table, write_checkpoint
+from tests.support.eventually import eventually
 from tests.support.shards import TIMEOUT_S, make_config, rig
 
 
@@ -38,7 +40,7 @@ def test_what_is_loaded_counts_once_it_is_served(tmp_path: Path) -> None:
         found = host._report(engine)
         assert (found.has_state, found.version) == (False, 1)
         with pytest.raises(DecisionRejected, match="0 of 2 chunks reduced"):
-            engine.decide(engine.protocol.refence_decision(decision))
+            engine.decide(replace(decision, fence=fence))
         engine.serve(fence, 1, 1, manifest.scaler.scale)
         found = host._report(engine)
         assert (found.has_state, found.version) == (True, 1)
@@ -93,6 +95,9 @@ def test_the_last_words_of_a_stream_to_an_old_address_do_not_end_the_new_one() -
     assert transport.closed == ["old:1"]
     say(frame.encode(Ack(0, 0, 0, False).pack()))
     assert inbox.get(0.0) is None
+    links.lost(Lost(0, "too late", 1))
+    assert transport.closed == ["old:1"]
+    assert links.tick() > 0.5, "nothing is to be opened again"
     # The new stream's words are heard.
     transport.opened[1][1](frame.encode(Ack(0, 0, 0, False).pack()))
     event = inbox.get(0.0)
@@ -100,3 +105,17 @@ def test_the_last_words_of_a_stream_to_an_old_address_do_not_end_the_new_one() -
     assert [address for address, _, _ in transport.opened] == ["old:1", "new:1"]
     links.close()
     assert transport.closed == ["old:1", "new:1"]
+
+
+def test_a_frame_that_is_none_ends_its_stream_and_a_new_one_is_opened() -> None:
+    """It was dropped and nothing else: whatever it had acknowledged or carried never came again."""
+    transport, inbox = _Moving(), Inbox()
+    links = ShardLinks(transport, inbox, 0, 7)
+    links.open("run", "plan", Fence(1, 1), ["a:1"])
+    transport.opened[0][1](b"no frame")
+    assert transport.closed == ["a:1"]
+    event = inbox.get(0.0)
+    assert isinstance(event, Lost)
+    links.lost(event)
+    eventually(lambda: links.tick() > 0 and len(transport.opened) == 2, TIMEOUT_S, "a new stream")
+    links.close()

@@ -60,8 +60,7 @@ def coordinator(
     resolved = jobs.resolve(*jobs.split_arguments(job or ()))
     _check_address("--listen", listen)
     _begin(Role.COORDINATOR, None, log_level or Level(resolved.launch.log_level))
-    _settle(resolved, resume)
-    text = resolved.model_dump_json()
+    text = _settle(resolved, resume).model_dump_json()
 
     from ps.coordinator import app
 
@@ -145,16 +144,23 @@ def _check_address(flag: str, address: str | None) -> None:
         raise ConfigError(f"{flag}={address}: not HOST:PORT with a port of 0 to 65535")
 
 
-def _settle(job: JobConfig, resume: bool) -> None:
-    """Write the job into the run folder, or see that it is the one that is there."""
+def _settle(job: JobConfig, resume: bool) -> JobConfig:
+    """Write the job into the run folder, or see that it is the one that is there; returns the job of the run."""
     folder = RunFolder(Path(job.run_dir))
     if folder.holds_run():
-        found = jobs.differences(folder.read_job(), job)
+        previous = folder.read_job()
+        if resume:
+            # Left out, C follows from the number of workers, which may change; the run's C may not.
+            batch = job.batch.model_copy(update={"contributions_per_step": previous.contributions})
+            job = job.model_copy(update={"batch": batch})
+            jobs.check_same_run(previous, job, folder.path)
+        found = jobs.differences(previous, job)
         if not found:
-            return
+            return job
         if not resume:
             raise ConfigError(
                 f"run_dir={folder.path} holds a run with another job ({found[0]}); start it with the same "
                 f"job, with --resume to replace the job, or choose another folder with run_dir=..."
             )
     folder.write_job(job)
+    return job

@@ -88,7 +88,7 @@ def run(
     enable_reflection(server, [])
     address = f"{reachable(listen)}:{bind(server, listen)}"
     server.start()
-    metrics_address = serve_metrics(metrics_listen) if metrics_listen else ""
+    metrics_address = f"{reachable(metrics_listen)}:{serve_metrics(metrics_listen)}" if metrics_listen else ""
     try:
         joined = join(coordinator, rank, device_name, GrpcTransport(), start_timeout_s, address, metrics_address)
         for number in (signal.SIGTERM, signal.SIGINT):

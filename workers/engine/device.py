@@ -46,10 +46,20 @@ def choose(wanted: str) -> torch.device:
 
 
 def compute_dtype(precision: PrecisionConfig, device: torch.device) -> torch.dtype:
-    """The dtype of forward and backward: FP16 on CUDA, FP32 elsewhere, unless the job says."""
-    if precision.compute == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
-    return _COMPUTE[precision.compute]
+    """The dtype of forward and backward: FP16 on CUDA, FP32 elsewhere, unless the job says.
+
+    Raises:
+        ConfigError: gradients are to add up in FP16, and there are none in it.
+    """
+    if precision.compute != "auto":
+        return _COMPUTE[precision.compute]
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    if precision.accumulate == "fp16" and dtype is not torch.float16:
+        raise ConfigError(
+            f"precision.accumulate=fp16 needs gradients in FP16, and precision.compute=auto is FP32 on {device.type}; "
+            "set precision.compute=fp16 or precision.accumulate=fp32"
+        )
+    return dtype
 
 
 def prepare(device: torch.device, threads: int) -> None:

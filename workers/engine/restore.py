@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ps.config import validate
+from ps.coordinator.evaluation import Evaluation
 from ps.errors import MismatchError
 from ps.storage import WEIGHTS, CheckpointReader, Manifest, read_manifest
 from ps.types import WireDtype
@@ -88,16 +89,9 @@ def evaluate(restored: Restored) -> dict[str, Any]:
     job = restored.job
     held_out = HeldOut(restored.data, job.data.sequence_length, job.evaluation.max_sequences, parts=1)
     loss_sum, tokens = evaluate_windows(restored.model, held_out.part(0), job.batch.micro_batch_size)
-    num_bytes = held_out.bytes_of(0)
-    loss = loss_sum / max(1, tokens)
-    return {
-        "version": restored.version,
-        "loss": loss,
-        "perplexity": float(np.exp(loss)),
-        "bits_per_byte": loss_sum / np.log(2.0) / max(1, num_bytes),
-        "tokens": tokens,
-        "bytes": num_bytes,
-    }
+    evaluation = Evaluation(restored.version, parts=1)
+    evaluation.add(0, loss_sum, tokens, held_out.bytes_of(0))
+    return evaluation.result()
 
 
 def write(restored: Restored, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> str:

@@ -3,8 +3,10 @@
 config.json          the resolved job
 metrics.jsonl        a line per step and per evaluation
 cluster.json         who serves where, rewritten by the coordinator at each change
+targets.json         the same for Prometheus (file_sd)
 logs/<role>-<rank>.log
-checkpoints/
+checkpoints/         unless checkpoint.dir names another place
+journal/             what the coordinator has decided
 .lock                held by the launcher and its roles
 """
 

@@ -70,13 +70,22 @@ def resume(previous: JobConfig, run_dir: Path, overrides: Sequence[str]) -> JobC
     base["run_dir"] = str(run_dir)
     base["training"]["stop_at"] = None
     job = resolve(None, overrides, base)
+    check_same_run(previous, job, run_dir)
+    return job
+
+
+def check_same_run(previous: JobConfig, job: JobConfig, run_dir: Path) -> None:
+    """See that a job differs from a run's only in what may change.
+
+    Raises:
+        ConfigError: with it the run would be another one.
+    """
     other = [found for found in differences(previous, job) if not found.key.startswith(MAY_CHANGE)]
     if other:
         raise ConfigError(
             f"{other[0].key}={other[0].new} would make another run than the one in {run_dir}, where it is "
-            f"{other[0].old}; choose a new folder with: windlass train run_dir=..."
+            f"{other[0].old}; choose a new folder with run_dir=..."
         )
-    return job
 
 
 def differences(old: JobConfig, new: JobConfig) -> list[Difference]:

@@ -149,7 +149,7 @@ class Launcher:
 
     def _supervise(self, signals: Signals) -> End:
         tail = Tail(self._folder.metrics)
-        progress = Progress(min(self._job.training.steps, self._job.training.stop_at or self._job.training.steps))
+        progress = Progress(self._job.training.end)
         progress.restart(tail.poll()[1])
         progress.recent.clear()
         self._display.open(progress)

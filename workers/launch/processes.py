@@ -54,7 +54,7 @@ class RoleCommands:
             flags += ["--metrics-listen", f"{self.job.telemetry.metrics_host}:0"]
         if member.role is Role.SHARD:
             return windlass("shard", *flags, "--index", str(member.rank), "--listen", listen)
-        return windlass("worker", *flags, "--rank", str(member.rank))
+        return windlass("worker", *flags, "--rank", str(member.rank), "--listen", listen)
 
 
 @dataclass

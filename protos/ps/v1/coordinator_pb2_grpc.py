@@ -58,7 +58,7 @@ class CoordinatorServicer(object):
 
     def Register(self, request, context):
         """Announces a member. Idempotent on (role, rank, incarnation).
-        FAILED_PRECONDITION: the run, the parameters or the data differ. RESOURCE_EXHAUSTED: no place left.
+        FAILED_PRECONDITION: another run, a shard index that the run does not have, or a life that was replaced.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -80,7 +80,7 @@ class ShardServicer(object):
 
     def Snapshot(self, request, context):
         """The whole state at the shard's present version: weights and each optimizer array of each chunk,
-        in FP32. FAILED_PRECONDITION: no state, or a step was applied while it was read.
+        in FP32. UNAVAILABLE: no state, or a step was applied while it was read; try again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,38 @@
+"""Whole runs, in one process, that are begun again otherwise than they were left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ps.config import RunConfig, from_json
+from ps.coordinator.app import CoordinatorApp
+from tests.support.cluster import make_job, train, write_text
+
+
+def test_a_run_keeps_the_contributions_that_it_began_with(tmp_path: Path) -> None:
+    """Who computes may change; how a step is cut may not: workers and shards have to agree on it."""
+    text = tmp_path / "text.txt"
+    write_text(text, words=6000)
+    short = ("training.steps=3", "cluster.shards=1", "cluster.workers=1")
+    whole = train(make_job(tmp_path / "whole", text, [*short, "batch.contributions_per_step=4"]))
+    begun = make_job(tmp_path / "run", text, [*short, "batch.contributions_per_step=4", "training.stop_at=1"])
+    assert train(begun).manifest().version == 1
+    again = make_job(tmp_path / "run", text, [*short, "batch.contributions_per_step=2"])
+    found = train(again)
+    assert found.manifest().contributions == 4
+    assert found.digest() == whole.digest()
+
+
+def test_the_job_that_is_handed_out_has_the_journaled_contributions(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.touch()
+    for asked in (4, 2):
+        job = make_job(tmp_path / "run", text, [f"batch.contributions_per_step={asked}"])
+        job_json = job.model_dump_json()
+        app = CoordinatorApp(from_json(RunConfig, job_json), job_json, "127.0.0.1:0")
+        try:
+            handed_out = json.loads(app._effects._job_json)
+        finally:
+            app._journal.close()
+        assert handed_out["batch"]["contributions_per_step"] == 4
