@@ -21,10 +21,11 @@ from ps.coordinator.effects import Effects
 from ps.coordinator.history import History
 from ps.coordinator.loop import Loop
 from ps.coordinator.loss_scaler import LossScaler
-from ps.coordinator.machine import Machine, Phase
+from ps.coordinator.machine import Machine
 from ps.coordinator.members import MemberState
 from ps.coordinator.recorder import Recorder
 from ps.coordinator.recovery import Candidate
+from ps.coordinator.run import Phase
 from ps.coordinator.service import SERVICE, CoordinatorServicer, Sessions
 from ps.errors import PsError, StorageError
 from ps.storage import layout

@@ -199,7 +199,9 @@ class Effects:
         except StorageError as error:
             failure = error
             self._loop.post(
-                lambda _: self._machine.configure_failed(action.shard, action.fence, action.control, failure, True)
+                lambda _: self._machine.serving.configure_failed(
+                    action.shard, action.fence, action.control, failure, True
+                )
             )
             return
         self._in_background(self._call_configure, action, member.address, request)
@@ -242,18 +244,18 @@ class Effects:
         except grpc.RpcError as broken:
             failure = error_of(broken, f"configuring shard {shard} at {address}")
             fatal = isinstance(failure, MismatchError | ConfigError)
-            self._loop.post(lambda _: machine.configure_failed(shard, fence, control, failure, fatal))
+            self._loop.post(lambda _: machine.serving.configure_failed(shard, fence, control, failure, fatal))
             return
         if response.plan_digest != self._plan_digest():
             other = MismatchError(
                 f"the plan {response.plan_digest[:12]} of the process at {address} is not the coordinator's "
                 f"{self._plan_digest()[:12]}: their versions of windlass differ"
             )
-            self._loop.post(lambda _: machine.configure_failed(shard, fence, control, other, True))
+            self._loop.post(lambda _: machine.serving.configure_failed(shard, fence, control, other, True))
             return
         last = from_proto(Decision, response.last_decision) if response.HasField("last_decision") else None
         inspection = Inspection(response.has_state, response.version, last)
-        self._loop.post(lambda _: machine.configured(shard, fence, control, inspection))
+        self._loop.post(lambda _: machine.serving.configured(shard, fence, control, inspection))
 
     def _tell_decision(self, action: actions.TellDecision) -> None:
         self._sessions.tell((Role.SHARD, action.shard), decision=to_proto(action.decision))

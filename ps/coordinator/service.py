@@ -182,15 +182,15 @@ def _model(machine: Machine, member: MemberState, event: pb.Model, now: float) -
 
 
 def _prepared(machine: Machine, _member: MemberState, event: common_pb2.Prepared, _now: float) -> None:
-    machine.prepared(from_proto(Prepared, event))
+    machine.steps.prepared(from_proto(Prepared, event))
 
 
 def _applied(machine: Machine, _member: MemberState, event: common_pb2.Applied, _now: float) -> None:
-    machine.applied(from_proto(Applied, event))
+    machine.steps.applied(from_proto(Applied, event))
 
 
 def _initialized(machine: Machine, _member: MemberState, event: pb.Initialized, _now: float) -> None:
-    machine.initialized(event.shard, from_proto(Fence, event.fence))
+    machine.serving.initialized(event.shard, from_proto(Fence, event.fence))
 
 
 def _snapshot_written(machine: Machine, _member: MemberState, event: pb.SnapshotWritten, _now: float) -> None:
@@ -198,11 +198,11 @@ def _snapshot_written(machine: Machine, _member: MemberState, event: pb.Snapshot
 
 
 def _evaluated(machine: Machine, _member: MemberState, event: pb.Evaluated, _now: float) -> None:
-    machine.evaluated(event.version, event.part, event.loss_sum, event.tokens, event.bytes)
+    machine.steps.evaluated(event.version, event.part, event.loss_sum, event.tokens, event.bytes)
 
 
 def _contributed(machine: Machine, member: MemberState, event: pb.Contributed, _now: float) -> None:
-    machine.contributed(member.rank, event.step, event.contribution, event.compute_s, event.push_s, event.pull_s)
+    machine.steps.contributed(member.rank, event.step, event.contribution, event.compute_s, event.push_s, event.pull_s)
 
 
 def _leave(machine: Machine, member: MemberState, _event: pb.Leave, now: float) -> None:

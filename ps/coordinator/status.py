@@ -6,8 +6,9 @@ import math
 
 from protos.ps.v1 import common_pb2
 from protos.ps.v1 import coordinator_pb2 as pb
-from ps.coordinator.machine import Machine, Phase
+from ps.coordinator.machine import Machine
 from ps.coordinator.members import MemberState
+from ps.coordinator.run import Phase
 from ps.types import Role
 from ps.wire.proto import to_proto
 

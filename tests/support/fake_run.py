@@ -26,9 +26,10 @@ from ps.coordinator.actions import (
     WriteManifest,
 )
 from ps.coordinator.history import History
-from ps.coordinator.machine import Machine, Phase
+from ps.coordinator.machine import Machine
 from ps.coordinator.members import MemberState
 from ps.coordinator.recovery import Candidate, Inspection
+from ps.coordinator.run import Phase
 from ps.errors import CheckpointDamaged, PeerUnavailable
 from ps.types import Applied, ContributionReport, Decision, ParameterTable, Prepared, Role, TensorSpec
 
@@ -219,7 +220,7 @@ class FakeRun:
                 if shard.awaiting:
                     shard.has_state, shard.awaiting = True, False
         for part in deal.evaluate:
-            self.machine.evaluated(deal.state.version, part, self.evaluation_loss * 10, 10, 20)
+            self.machine.steps.evaluated(deal.state.version, part, self.evaluation_loss * 10, 10, 20)
         for contribution in deal.contributions:
             self.contribute(worker, deal.state.version, contribution)
 
@@ -227,17 +228,17 @@ class FakeRun:
         for shard in self.shards.values():
             if shard.has_state and shard.version == step:
                 shard.held.add(contribution)
-        self.machine.contributed(worker.rank, step, contribution, 0.1, 0.01, 0.001)
+        self.machine.steps.contributed(worker.rank, step, contribution, 0.1, 0.01, 0.001)
 
     def report(self, shard: FakeShard) -> None:
         """A shard tells everything that it can say, as it does every second."""
         fence, machine = self.machine.fence, self.machine
         if shard.has_state and shard.version == 0:
-            machine.initialized(shard.index, fence)
+            machine.serving.initialized(shard.index, fence)
         if shard.last_decision is not None and shard.last_decision.fence == fence:
-            machine.applied(Applied(fence, shard.last_decision.step, shard.index, 1000 + shard.version))
+            machine.steps.applied(Applied(fence, shard.last_decision.step, shard.index, 1000 + shard.version))
         if shard.has_state and len(shard.held) == self.config.contributions and not shard.waiting:
-            machine.prepared(self.prepared_of(shard))
+            machine.steps.prepared(self.prepared_of(shard))
 
     def prepared_of(self, shard: FakeShard) -> Prepared:
         reports = tuple(ContributionReport(c, 2.0 * 2, 100, 0, 1) for c in range(self.config.contributions))
@@ -288,12 +289,12 @@ class FakeRun:
         member = self.machine.members.get(Role.SHARD, action.shard)
         if shard is None or member is None or not member.connected:
             error = PeerUnavailable("nobody answers")
-            self.machine.configure_failed(action.shard, fence, action.control, error, False)
+            self.machine.serving.configure_failed(action.shard, fence, action.control, error, False)
             return
         if action.control is Control.LOAD:
             if action.checkpoint in self.damaged:
                 broken = CheckpointDamaged(f"{action.checkpoint} has been damaged")
-                self.machine.configure_failed(action.shard, fence, action.control, broken, False)
+                self.machine.serving.configure_failed(action.shard, fence, action.control, broken, False)
                 return
             shard.last_decision, shard.held, shard.waiting = None, set(), []
             shard.version, shard.has_state, shard.awaiting = 0, False, not action.checkpoint
@@ -305,7 +306,7 @@ class FakeRun:
         elif action.control is Control.SERVE and shard.loaded:
             shard.has_state, shard.loaded = True, False
         inspection = Inspection(shard.has_state, shard.version, (shard.waiting or [shard.last_decision])[-1])
-        self.machine.configured(action.shard, fence, action.control, inspection)
+        self.machine.serving.configured(action.shard, fence, action.control, inspection)
 
     # -- What can be asked ------------------------------------------------------------------
 

@@ -25,8 +25,8 @@ from ps.coordinator.actions import (
     WriteManifest,
 )
 from ps.coordinator.decision import same_content
-from ps.coordinator.machine import Phase
 from ps.coordinator.recovery import Candidate
+from ps.coordinator.run import Phase
 from ps.errors import ConfigError, MismatchError
 from ps.types import Applied, Decision, Fence, ParameterTable, Role, TensorSpec
 from tests.support.fake_run import DATA, TABLE, FakeRun, make_config
@@ -159,8 +159,8 @@ def test_nothing_is_decided_before_all_have_applied(run: FakeRun) -> None:
     # Shard 0 is at version 2 and has all of step 2; shard 1 says nothing of decision 1.
     assert (run.shards[0].version, slow.version) == (2, 1)
     # Even a report of shard 1, if it came, would not do.
-    run.machine.prepared(replace(run.prepared_of(slow), step=2))
-    run.machine.prepared(replace(run.prepared_of(run.shards[0]), step=2))
+    run.machine.steps.prepared(replace(run.prepared_of(slow), step=2))
+    run.machine.steps.prepared(replace(run.prepared_of(run.shards[0]), step=2))
     run.settle(5)
     assert run.machine.state.version == 2
     slow.slow = False
@@ -190,11 +190,11 @@ def test_a_stale_report_does_not_count(run: FakeRun, change: dict[str, Any]) -> 
     silent = run.shards[1]
     silent.silent = True
     run.settle()
-    run.machine.applied(Applied(Fence(1, 1), 1, 1, 5))
-    run.machine.prepared(replace(run.prepared_of(silent), **{"step": 2, **change}))
+    run.machine.steps.applied(Applied(Fence(1, 1), 1, 1, 5))
+    run.machine.steps.prepared(replace(run.prepared_of(silent), **{"step": 2, **change}))
     run.settle(5)
     assert run.machine.state.version == 2
-    run.machine.prepared(replace(run.prepared_of(silent), step=2))
+    run.machine.steps.prepared(replace(run.prepared_of(silent), step=2))
     run.settle(2)
     assert run.machine.state.version == 3
 
@@ -206,12 +206,12 @@ def test_an_acknowledgement_of_another_fence_or_step_does_not_count(run: FakeRun
     slow.slow = True
     run.run_to(2)
     run.settle(5)
-    run.machine.prepared(replace(run.prepared_of(slow), step=2))
+    run.machine.steps.prepared(replace(run.prepared_of(slow), step=2))
     for fence, step in ((Fence(1, 1), 0), (Fence(1, 0), 1), (Fence(2, 1), 1), (Fence(1, 1), 2)):
-        run.machine.applied(Applied(fence, step, 1, 5))
+        run.machine.steps.applied(Applied(fence, step, 1, 5))
         run.step()
         assert run.machine.state.version == 2
-    run.machine.applied(Applied(Fence(1, 1), 1, 1, 5))
+    run.machine.steps.applied(Applied(Fence(1, 1), 1, 1, 5))
     run.step()
     assert run.machine.state.version == 3
 
@@ -226,7 +226,7 @@ def test_nothing_is_decided_while_an_evaluation_is_running(tmp_path: Path) -> No
         shard.held = {0, 1}
     run.settle(10)
     assert run.machine.state.version == 2
-    assert run.machine.evaluation is not None
+    assert run.machine.steps.evaluation is not None
     for worker in run.workers.values():
         worker.idle = False
     run.run()
@@ -263,7 +263,7 @@ def test_what_a_dead_worker_finished_stays(run: FakeRun) -> None:
     run.run_to(2)
     run.workers[0].idle = True
     run.settle(5)
-    assert run.machine.dealing.done == {1}
+    assert run.machine.steps.dealing.done == {1}
     run.kill_worker(1)
     run.settle(60)
     assert dealt(run, 2) == [(0, (0,)), (1, (1,))]
@@ -405,11 +405,11 @@ def test_a_worker_with_another_model_or_data_is_refused(run: FakeRun) -> None:
 def test_parts_of_an_evaluation_are_dealt_again(tmp_path: Path) -> None:
     run = FakeRun(make_config(tmp_path, evaluation={"every_steps": 2}))
     run.everybody()
-    run.run(lambda: run.machine.evaluation is not None)
+    run.run(lambda: run.machine.steps.evaluation is not None)
     run.workers[1].idle = True
     run.settle(3)
-    assert run.machine.evaluation is not None
-    assert run.machine.evaluation.dealing.outstanding(1) == [1]
+    assert run.machine.steps.evaluation is not None
+    assert run.machine.steps.evaluation.dealing.outstanding(1) == [1]
     run.kill_worker(1)
     run.settle(60)
     (line,) = [line for line in run.lines() if line["kind"] == "evaluation"][:1]

@@ -39,7 +39,7 @@ def test_a_shard_that_dies_while_it_loads_does_not_condemn_the_checkpoint(
     def configure(action: Configure) -> None:
         if action.control is Control.LOAD and action.shard == 1 and failures:
             failed = failures.pop()
-            run.machine.configure_failed(1, action.fence, Control.LOAD, failed, False)
+            run.machine.serving.configure_failed(1, action.fence, Control.LOAD, failed, False)
         else:
             carry_out(action)
 

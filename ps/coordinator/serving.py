@@ -1,0 +1,248 @@
+"""Making the cluster serve: one sequence, whether it starts, resumes or lost a shard.
+
+Gather all shards, inspect what they hold, load a checkpoint if they do not hold enough, open. One
+recovery has one epoch: an interrupted recovery's calls are fenced off by the next one's.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from ps.coordinator.actions import Configure, Control, Journal, Rewind, TellCluster, TellDeal
+from ps.coordinator.decision import TrainingState, after
+from ps.coordinator.recovery import Candidate, Inspection, choose_checkpoint, surviving_version
+from ps.coordinator.run import Phase, Run
+from ps.coordinator.steps import Steps
+from ps.coordinator.waiting import describe_wait
+from ps.errors import PsError, StorageError
+from ps.types import Decision, Fence, Role
+from ps.wire.proto import to_record
+
+log = logging.getLogger(__name__)
+
+#: Between two attempts to make the cluster serve.
+RETRY_S = 0.2
+
+_CONTROL_OF = {
+    Phase.INSPECTING: Control.INSPECT,
+    Phase.LOADING: Control.LOAD,
+    Phase.OPENING: Control.SERVE,
+}
+
+
+class Serving:
+    """The way from shards that are there to a cluster that serves."""
+
+    def __init__(self, run: Run, steps: Steps, now: float) -> None:
+        self._run = run
+        self._steps = steps
+        self._started_at = now
+        self._served = False
+        self._retry_at = now
+        self._inspections: dict[int, Inspection] = {}
+        self._answered: set[int] = set()
+        self._initialized: set[int] = set()
+        #: The worker that sends the initial values.
+        self.initializer: int | None = None
+        self._checkpoint: Candidate | None = None
+
+    # -- Facts ----------------------------------------------------------------------------------
+
+    def configured(self, shard: int, fence: Fence, control: Control, inspection: Inspection) -> None:
+        """A shard carried out Configure."""
+        if fence == self._run.fence and control is _CONTROL_OF.get(self._run.phase):
+            self._answered.add(shard)
+            self._inspections[shard] = inspection
+
+    def configure_failed(self, shard: int, fence: Fence, control: Control, error: PsError, fatal: bool) -> None:
+        """A shard could not carry out Configure: a damaged checkpoint, or it is gone."""
+        if fence != self._run.fence or control is not _CONTROL_OF.get(self._run.phase):
+            return
+        # A shard that died while it loaded says nothing about the checkpoint.
+        damaged = control is Control.LOAD and isinstance(error, StorageError)
+        if damaged and self._checkpoint is not None and not fatal:
+            log.error(
+                "checkpoint %s cannot be loaded by shard %d: %s; going back to the one before",
+                self._checkpoint.name,
+                shard,
+                error.message,
+            )
+            self._run.snapshots.reject(self._checkpoint)
+            self.gather(f"checkpoint {self._checkpoint.name} is damaged")
+        elif fatal:
+            self._run.end(False, f"shard {shard}: {error.message}")
+        else:
+            self.gather(f"shard {shard} did not answer: {error.message}")
+
+    def initialized(self, shard: int, fence: Fence) -> None:
+        if fence == self._run.fence:
+            self._initialized.add(shard)
+
+    def lose(self, rank: int) -> None:
+        """A worker is gone: somebody else sends the initial values."""
+        if self.initializer == rank:
+            self.initializer = None
+
+    # -- Progress -------------------------------------------------------------------------------
+
+    def advance(self, now: float) -> None:
+        """Do whatever the facts allow in the present phase."""
+        step = _STEPS.get(self._run.phase)
+        if step is not None:
+            step(self, now)
+
+    def gather(self, why: str) -> None:
+        if self._run.phase is Phase.ENDED:
+            return
+        if self._run.phase is not Phase.GATHERING:
+            log.info("the cluster is made to serve again: %s", why)
+        self._run.phase = Phase.GATHERING
+        self._answered.clear()
+        self._inspections.clear()
+
+    def _gathering(self, now: float) -> None:
+        if self._run.stop_reason is not None:
+            self._run.end(True, self._run.stop_reason)
+            return
+        if self._run.history.table is None or self._run.members.missing_shards():
+            waited = now - self._started_at
+            if waited > self._run.config.membership.start_timeout_s and not self._served:
+                wait = describe_wait(self._run, self._steps, self._started_at, now)
+                self._run.end(False, f"{wait}; membership.start_timeout_s is over")
+            return
+        if now < self._retry_at:
+            return
+        self._retry_at = now + RETRY_S
+        # One recovery, one epoch: an interrupted recovery's calls are fenced off by the next one's.
+        self._run.fence = Fence(self._run.fence.term, self._run.history.next_epoch())
+        shards = [member.incarnation for member in self._run.members.of(Role.SHARD)]
+        self._run.ask(
+            Journal(
+                {"type": "epoch", "epoch": self._run.fence.epoch, "term": self._run.fence.term, "shards": shards},
+                sync=True,
+            )
+        )
+        self._enter(Phase.INSPECTING, Control.INSPECT)
+
+    def _enter(self, phase: Phase, control: Control) -> None:
+        self._run.phase = phase
+        self._answered.clear()
+        checkpoint = self._checkpoint if control is Control.LOAD else None
+        for shard in self._run.shards:
+            self._run.ask(
+                Configure(
+                    shard,
+                    control,
+                    self._run.fence,
+                    checkpoint.name if checkpoint else "",
+                    checkpoint.manifest_sha256 if checkpoint else "",
+                    self._run.state if control is Control.SERVE else None,
+                )
+            )
+
+    def _all_answered(self) -> bool:
+        return len(self._answered) == self._run.config.cluster.shards
+
+    def _inspecting(self, _now: float) -> None:
+        if not self._all_answered():
+            return
+        inspections = [self._inspections[shard] for shard in self._run.shards]
+        if not self._adopt([i.last_decision for i in inspections if i.last_decision is not None]):
+            return
+        version = surviving_version(inspections, self._run.history.last_decision)
+        if version is not None:
+            log.info("every shard still holds its state: going on at version %d", version)
+            self._run.last_decision = self._run.history.decisions.get(version - 1)
+            if self._run.last_decision is not None:
+                self._run.state = after(self._run.state, self._run.last_decision)
+            self._open()
+            return
+        self._checkpoint = choose_checkpoint(self._run.snapshots.candidates)
+        if self._checkpoint is None and (self._run.history.decisions or self._run.snapshots.rejected):
+            damaged = ", ".join(self._run.snapshots.rejected) or "none was found"
+            self._run.end(
+                False,
+                f"no checkpoint in {self._run.config.checkpoint_dir} can be loaded ({damaged}); restore one, or start "
+                "again with a new run_dir",
+            )
+            return
+        self._enter(Phase.LOADING, Control.LOAD)
+
+    def _adopt(self, heard: list[Decision]) -> bool:
+        """Take over what shards were told and the journal has lost; False: the run has ended, they conflict."""
+        for decision in sorted(heard, key=lambda decision: decision.step):
+            known = decision.step in self._run.history.decisions
+            if not self._run.history.adopt(decision):
+                self._run.end(
+                    False,
+                    f"two decisions of step {decision.step} differ between a shard and the journal; "
+                    "the run folder belongs to another run, or its disk has lost data",
+                )
+                return False
+            if not known and decision.step in self._run.history.decisions:
+                log.warning("the journal has lost the decision of step %d; it is taken from a shard", decision.step)
+                self._run.ask(Journal({"type": "decision", **to_record(decision)}, sync=True))
+        return True
+
+    def _loading(self, _now: float) -> None:
+        if not self._all_answered():
+            return
+        self._run.last_decision = None
+        self._run.state = self._checkpoint.state if self._checkpoint else TrainingState.start(self._run.config)
+        self._run.history.rollback(self._run.state.version)
+        self._run.snapshots.forget_pending()
+        self._run.ask(
+            Journal(
+                {"type": "rollback", "epoch": self._run.fence.epoch, "version": self._run.state.version},
+                sync=True,
+            )
+        )
+        self._run.ask(Rewind(self._run.state.version))
+        self._open()
+
+    def _open(self) -> None:
+        self._steps.reset()
+        self._initialized.clear()
+        self.initializer = None
+        self._enter(Phase.OPENING, Control.SERVE)
+
+    def _opening(self, now: float) -> None:
+        if not self._all_answered():
+            return
+        self._served = True
+        empty = not all(inspection.has_state for inspection in self._inspections.values())
+        self._run.phase = Phase.INITIALIZING if empty else Phase.RUNNING
+        for rank in self._run.members.live_workers():
+            self._run.ask(TellCluster(rank, self._run.fence, self._run.state))
+        if self._run.phase is Phase.RUNNING:
+            for shard in self._run.shards:
+                if self._inspections[shard].version < self._run.state.version and self._run.last_decision is not None:
+                    self._run.tell_decision(shard, self._run.last_decision)
+                else:
+                    self._steps.note_applied(shard)
+            self._steps.begin_step(now)
+
+    def _initializing(self, now: float) -> None:
+        if self._run.stop_reason is not None:
+            self._run.end(True, self._run.stop_reason)
+            return
+        if len(self._initialized) == self._run.config.cluster.shards:
+            log.info("every shard holds its initial values")
+            self._run.phase = Phase.RUNNING
+            for shard in self._run.shards:
+                self._steps.note_applied(shard)
+            self._steps.begin_step(now)
+            return
+        workers = self._run.members.live_workers()
+        if self.initializer is None and workers:
+            self.initializer = workers[0]
+            self._run.ask(TellDeal(workers[0], self._run.fence, self._run.state, initialize=True))
+
+
+_STEPS = {
+    Phase.GATHERING: Serving._gathering,
+    Phase.INSPECTING: Serving._inspecting,
+    Phase.LOADING: Serving._loading,
+    Phase.OPENING: Serving._opening,
+    Phase.INITIALIZING: Serving._initializing,
+}

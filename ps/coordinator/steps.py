@@ -1,0 +1,241 @@
+"""The running phase: deal work, decide steps, evaluate. Looks at facts, never at events."""
+
+from __future__ import annotations
+
+import logging
+
+from ps.coordinator.actions import Journal, PrepareCheckpoint, Record, TellDeal, TellSnapshot
+from ps.coordinator.dealing import Dealing
+from ps.coordinator.decision import after, decide, same_content
+from ps.coordinator.evaluation import Evaluation
+from ps.coordinator.run import Run
+from ps.coordinator.timings import Timings, finite
+from ps.types import Applied, Prepared
+from ps.wire.proto import to_record
+
+log = logging.getLogger(__name__)
+
+
+class Steps:
+    """The open step: who computes what, which reports have come, what follows from them."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.dealing = Dealing(run.history.contributions)
+        self.evaluation: Evaluation | None = None
+        self._closed_at: float | None = None
+        self._timings = Timings()
+        self._reports: dict[int, Prepared] = {}
+        self._applied: dict[int, Applied] = {}
+
+    def reset(self) -> None:
+        """A new fence: what belongs to another one is forgotten."""
+        self._reports.clear()
+        self._applied.clear()
+        self.evaluation = None
+        self._closed_at = None
+        self.dealing = Dealing(self._run.history.contributions)
+
+    # -- Facts ----------------------------------------------------------------------------------
+
+    def prepared(self, report: Prepared) -> None:
+        if report.fence == self._run.fence and report.step == self._run.state.version:
+            self._reports[report.shard] = report
+
+    def applied(self, report: Applied) -> None:
+        if report.fence == self._run.fence:
+            self._applied[report.shard] = report
+
+    def contributed(
+        self, rank: int, step: int, contribution: int, compute_s: float, push_s: float, pull_s: float
+    ) -> None:
+        """Every shard holds a whole contribution."""
+        if step == self._run.state.version:
+            self.dealing.finish(contribution)
+            self._timings.add(rank, compute_s, push_s, pull_s)
+
+    def evaluated(self, version: int, part: int, loss_sum: float, tokens: int, num_bytes: int) -> None:
+        if self.evaluation is not None and self.evaluation.version == version:
+            self.evaluation.add(part, loss_sum, tokens, num_bytes)
+
+    def note_applied(self, shard: int) -> None:
+        """A shard at the present version has nothing left to acknowledge."""
+        self._applied[shard] = Applied(self._run.fence, self._run.state.version - 1, shard, 0)
+
+    def lose(self, rank: int) -> list[int]:
+        """Take back what a worker had not finished; returns its contributions."""
+        if self.evaluation is not None:
+            self.evaluation.dealing.lose(rank)
+        return self.dealing.lose(rank)
+
+    def outstanding(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What a worker has been dealt and has not finished: contributions, parts of the evaluation."""
+        evaluate = self.evaluation.dealing.outstanding(rank) if self.evaluation is not None else []
+        return tuple(self.dealing.outstanding(rank)), tuple(evaluate)
+
+    # -- Progress -------------------------------------------------------------------------------
+
+    def advance(self, now: float) -> None:
+        """Do whatever the facts allow; every shard is there."""
+        self._close_step(now)
+        self._save_first()
+        if self._finish_evaluation():
+            self._deal(now)
+        if self.is_over():
+            self._finish()
+        elif not self._run.snapshots.has_first() and self._run.snapshots.failure(self._run.state.version):
+            # Without it there is nothing to go back to, so nothing may be decided.
+            failure = self._run.snapshots.failure(self._run.state.version)
+            self._run.end(False, f"the first checkpoint could not be written: {failure}")
+        elif self._may_decide():
+            self._decide(now)
+        self._deal(now)
+
+    def begin_step(self, now: float) -> None:
+        """Plan the work of the open step, and of the evaluation that is due before it."""
+        version = self._run.state.version
+        self.dealing = Dealing(self._run.history.contributions if not self.is_over() else 0)
+        parts = self._run.history.evaluation_parts
+        if parts and version not in self._run.history.evaluations and self._is_evaluation_due(version):
+            self.evaluation = Evaluation(version, parts)
+        self._deal(now, all_workers=True)
+
+    def _deal(self, now: float, all_workers: bool = False) -> None:
+        """Give out what nobody has; at the start of a step every worker hears of it."""
+        timeout = self._run.config.training.step_timeout_s
+        for units in (self.dealing, self.evaluation.dealing if self.evaluation else None):
+            if units is not None and units.overdue(now, timeout):
+                log.warning(
+                    "step %d: work is overdue after %.0f s and is dealt again", self._run.state.version, timeout
+                )
+        workers = self._run.members.live_workers()
+        evaluate = self.evaluation.dealing.deal(workers, now) if self.evaluation else {}
+        contributions = self.dealing.deal(workers, now)
+        for rank in workers:
+            if all_workers or rank in evaluate or rank in contributions:
+                self._run.ask(
+                    TellDeal(
+                        rank,
+                        self._run.fence,
+                        self._run.state,
+                        tuple(contributions.get(rank, ())),
+                        tuple(evaluate.get(rank, ())),
+                    )
+                )
+
+    def _may_decide(self) -> bool:
+        shards = self._run.config.cluster.shards
+        return (
+            len(self._reports) == shards
+            and self._all_applied()
+            and self.evaluation is None
+            and self._run.snapshots.has_first()
+        )
+
+    def _all_applied(self) -> bool:
+        wanted = self._run.state.version - 1
+        return all(shard in self._applied and self._applied[shard].step == wanted for shard in self._run.shards)
+
+    def _decide(self, now: float) -> None:
+        decision = decide(self._run.config, self._run.state, list(self._reports.values()), self._run.fence)
+        before = self._run.history.superseded.get(decision.step)
+        if before is not None and not same_content(before, decision):
+            log.error(
+                "step %d was decided otherwise before the rollback: this device does not repeat its own bits",
+                decision.step,
+            )
+        owners = [[c.rank, c.incarnation] for c in self._reports[0].contributions]
+        self._run.ask(Journal({"type": "decision", **to_record(decision), "owners": owners}))
+        self._run.history.note(decision)
+        self._run.state = after(self._run.state, decision)
+        self._run.last_decision = decision
+        self._reports.clear()
+        if decision.snapshot:
+            self._begin_snapshot()
+        for shard in self._run.shards:
+            self._run.tell_decision(shard, decision)
+        self.begin_step(now)
+
+    def _close_step(self, now: float) -> None:
+        """Record a step once every shard has carried its decision out."""
+        decision = self._run.last_decision
+        if decision is None or decision.step in self._run.history.recorded or not self._all_applied():
+            return
+        self._run.history.recorded.add(decision.step)
+        seconds = now - self._closed_at if self._closed_at is not None else None
+        self._closed_at = now
+        hashes = [self._applied[shard].state_hash for shard in self._run.shards]
+        # The line first: at a start, lines that the journal does not confirm are dropped.
+        self._run.ask(Record(self._timings.line(decision, seconds)))
+        self._run.ask(Journal({"type": "applied", "step": decision.step, "hashes": hashes}))
+        self._timings = Timings()
+
+    def _is_evaluation_due(self, version: int) -> bool:
+        every = self._run.config.evaluation.every_steps
+        return version > 0 and (self._reached_end() or bool(every and version % every == 0))
+
+    def _finish_evaluation(self) -> bool:
+        if self.evaluation is None or not self.evaluation.dealing.complete:
+            return False
+        result = self.evaluation.result()
+        self.evaluation = None
+        self._run.history.evaluations[result["version"]] = result
+        self._run.ask(Record({"kind": "evaluation", **{key: finite(value) for key, value in result.items()}}))
+        self._run.ask(Journal({"type": "evaluation", **result}))
+        return True
+
+    # -- The end --------------------------------------------------------------------------------
+
+    def _reached_end(self) -> bool:
+        return self._run.state.version >= self._run.config.training.end
+
+    def _target_reached(self) -> bool:
+        target = self._run.config.training.target_loss
+        result = self._run.history.evaluations.get(self._run.state.version)
+        return target is not None and result is not None and result["loss"] <= target
+
+    def is_over(self) -> bool:
+        return self._reached_end() or self._target_reached() or self._run.stop_reason is not None
+
+    def _finish(self) -> None:
+        """Save the present version, then leave."""
+        if not self._all_applied() or (self.evaluation is not None and self._run.stop_reason is None):
+            return
+        version = self._run.state.version
+        if self._run.snapshots.exists(version):
+            self._run.end(True, self.end_reason())
+        elif self._run.snapshots.failure(version):
+            self._run.end(False, f"the last checkpoint could not be written: {self._run.snapshots.failure(version)}")
+        elif not self._run.snapshots.is_pending(version):
+            self._save()
+
+    def _save_first(self) -> None:
+        """Without any checkpoint there is nothing to go back to: one is made before the next decision."""
+        version = self._run.state.version
+        begun = (
+            self._run.snapshots.has_first()
+            or self._run.snapshots.is_pending(version)
+            or self._run.snapshots.failure(version)
+        )
+        if not begun and self._all_applied():
+            self._save()
+
+    def end_reason(self) -> str:
+        version = self._run.state.version
+        if version >= self._run.config.training.steps:
+            return f"finished: {version} steps"
+        if self._target_reached():
+            return f"the held-out loss reached its target after {version} steps"
+        if self._reached_end():
+            return f"stopped at step {version} as asked (training.stop_at)"
+        return f"stopped at step {version}: {self._run.stop_reason}"
+
+    def _begin_snapshot(self) -> None:
+        self._run.snapshots.begin(self._run.state)
+        self._run.ask(PrepareCheckpoint(self._run.state.version))
+
+    def _save(self) -> None:
+        """Have the present version written, which every shard has applied."""
+        self._begin_snapshot()
+        for shard in self._run.shards:
+            self._run.ask(TellSnapshot(shard, self._run.fence, self._run.state.version))
