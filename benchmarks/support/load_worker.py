@@ -86,7 +86,7 @@ def main(coordinator: str, rank: int, parameters: int) -> None:
     ready: Any = Ready()
     session.start()
     try:
-        Worker(session, inbox, client, arrays, ready, config.batch.micro_batches_per_step, wire).run()
+        Worker(session, inbox, client, ready, config.batch.micro_batches_per_step, wire).run()
     finally:
         client.close()
         session.close()

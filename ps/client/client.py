@@ -53,6 +53,9 @@ class Source(Protocol):
     def initial(self, chunk: Chunk, room: Array) -> None:
         """Write the FP32 initial values of a chunk into `room`."""
 
+    def forget_initial(self) -> None:
+        """All of a shard's initial values are sent: free what `initial` keeps between calls."""
+
 
 @dataclass
 class Model:
@@ -77,6 +80,8 @@ class ParameterClient:
         #: Contributions of the step begun last that every shard holds, since the last look.
         self.completed: list[int] = []
         self.initialized: set[int] | None = None
+        #: Shards that have answered the present greeting: only they are asked for anything.
+        self._welcomed: set[int] = set()
         self._plan: Plan | None = None
         self._slots = 0
         self._contributions = 0
@@ -119,6 +124,7 @@ class ParameterClient:
         self.recompute = set()
         self.completed = []
         self.initialized = None
+        self._welcomed = set()
         self.model = Model()
         self.links.open(run, self._plan.digest, fence, addresses)
 
@@ -178,9 +184,9 @@ class ParameterClient:
         )
 
     def initialize(self) -> None:
-        """Send the initial values of every chunk."""
+        """Send the initial values of every chunk, to each shard once it has answered."""
         self.initialized = set()
-        for shard in range(self.plan.num_shards):
+        for shard in sorted(self._welcomed):
             self._initialize_shard(shard)
 
     def _initialize_shard(self, shard: int) -> None:
@@ -189,6 +195,7 @@ class ParameterClient:
             self.source.initial(chunk, room)
             header = Initialize(**self.links.identity(), chunk=chunk.index, hash=xxhash.xxh3_64_digest(room.data))
             self.links.send(shard, frame.encode(header.pack(), room))
+        self.source.forget_initial()
 
     # -- Pull -----------------------------------------------------------------------------------
 
@@ -202,7 +209,7 @@ class ParameterClient:
         if self.model.version == version or (self._pulling is not None and self._pulling.version == version):
             return
         self._pulling = Pulling(self.plan, version, self.model.applied, applied)
-        for shard in range(self.plan.num_shards):
+        for shard in sorted(self._welcomed):
             self._ask(shard)
 
     def _ask(self, shard: int) -> None:
@@ -225,7 +232,8 @@ class ParameterClient:
         """
         if isinstance(event, Lost):
             log.info("lost shard %d: %s", event.shard, event.reason)
-            self.links.lost(event)
+            if self.links.lost(event):
+                self._welcomed.discard(event.shard)
             return
         try:
             _HANDLERS[type(event.header)](self, event)
@@ -237,6 +245,7 @@ class ParameterClient:
         self.links.welcomed(event.shard)
         if Fence(header.term, header.epoch) != self.links.fence or self._ledger is None:
             return
+        self._welcomed.add(event.shard)
         if self.initialized is not None:
             self._initialize_shard(event.shard)
         if self._pulling is not None and self._pulling.remaining[event.shard]:
@@ -306,6 +315,7 @@ class ParameterClient:
         elif error.retry:
             # Greeting the shard again shows what is to be done.
             log.info("shard %d: %s", event.shard, error.message)
+            self._welcomed.discard(event.shard)
             self.links.retry(event.shard)
         else:
             raise error

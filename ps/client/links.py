@@ -21,8 +21,8 @@ from ps.wire.messages import Header, Hello, Weights, parse_to_worker
 
 log = logging.getLogger(__name__)
 
-#: Received chunks of one shard that may wait in the inbox; beyond that its stream is not read.
-RECEIVE_WINDOW = 2
+#: Received chunks of one shard that may wait in the inbox, next to the one that its reader holds already.
+RECEIVE_WINDOW = 1
 #: Waiting times between two attempts to reach a shard, in seconds.
 BACKOFF_S = (0.05, 0.1, 0.2)
 
@@ -153,12 +153,14 @@ class ShardLinks:
         """A shard answered: the next failure is retried quickly again."""
         self._links[shard].attempts = 0
 
-    def lost(self, event: Lost) -> None:
-        """Forget a broken stream, unless it was replaced before this was heard."""
+    def lost(self, event: Lost) -> bool:
+        """Forget a broken stream; False: it was replaced before this was heard."""
         link = self._links[event.shard]
-        if link.life == event.life:
-            link.connection = None
-            self.retry(event.shard)
+        if link.life != event.life:
+            return False
+        link.connection = None
+        self.retry(event.shard)
+        return True
 
     def tick(self) -> float:
         """Do what is due; returns the seconds until something is, at most 1."""

@@ -43,6 +43,9 @@ from ps.wire.status import error_of
 
 log = logging.getLogger(__name__)
 
+#: A shard answers everything but a load at once; one that does not is asked again.
+CONTROL_TIMEOUT_S = 20.0
+
 _ACTION = {
     actions.Control.INSPECT: shard_pb2.ConfigureRequest.INSPECT,
     actions.Control.LOAD: shard_pb2.ConfigureRequest.LOAD,
@@ -237,7 +240,8 @@ class Effects:
 
     def _call_configure(self, action: actions.Configure, address: str, request: shard_pb2.ConfigureRequest) -> None:
         machine, (shard, fence, control) = self._machine, (action.shard, action.fence, action.control)
-        timeout_s = machine.config.checkpoint.timeout_s
+        loading = control is actions.Control.LOAD
+        timeout_s = machine.config.checkpoint.timeout_s if loading else CONTROL_TIMEOUT_S
         try:
             with open_channel(address) as channel:
                 response = shard_pb2_grpc.ShardStub(channel).Configure(request, timeout=timeout_s)

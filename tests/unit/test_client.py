@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 
 from ps.client.client import Contribution, ParameterClient
-from ps.client.links import Inbox, Received
+from ps.client.links import Inbox, Lost, Received
 from ps.sharding import Chunk, make_plan
 from ps.types import Fence, ParameterTable, TensorSpec, WireDtype
-from ps.wire.messages import Ack
+from ps.wire import frame
+from ps.wire.messages import Ack, Welcome
+from tests.support.eventually import eventually
 
 TABLE = ParameterTable((TensorSpec("w", (65_536 * 3,)),))
 
@@ -44,6 +46,9 @@ class _Zeros:
     def initial(self, _chunk: Chunk, _room: np.ndarray) -> None:
         pass
 
+    def forget_initial(self) -> None:
+        pass
+
 
 def opened() -> ParameterClient:
     client = ParameterClient(_Recording(), Inbox(), 0, 7, TABLE, _Zeros())
@@ -55,6 +60,44 @@ def opened() -> ParameterClient:
 def acknowledge(client: ParameterClient, step: int, contribution: int) -> None:
     for chunk in client.plan.chunks:
         client.handle(Received(0, Ack(step, contribution, chunk.index, False), memoryview(b"")))
+
+
+def kinds(client: ParameterClient) -> list[str]:
+    """What has been sent, by kind."""
+    recording: Any = client.links._links[0].connection
+    return [frame.decode(data)[0]["kind"] for data in recording.frames]
+
+
+def welcome(client: ParameterClient) -> None:
+    client.handle(Received(0, Welcome(0, 9, 1, 1, 5, 5, []), memoryview(b"")))
+
+
+def test_nothing_is_asked_of_a_shard_that_has_not_answered() -> None:
+    """Otherwise everything would be sent twice: at once, and again when the answer comes."""
+    client = opened()
+    client.begin_step(5)
+    client.pull(5, 5)
+    client.initialize()
+    assert kinds(client) == ["hello"]
+    welcome(client)
+    assert kinds(client) == ["hello", *["initialize"] * 3, "pull"]
+
+
+def test_a_shard_that_was_lost_is_asked_again_when_it_answers() -> None:
+    client = opened()
+    client.begin_step(5)
+    welcome(client)
+    client.pull(5, 5)
+    client.handle(Lost(0, "gone", client.links._links[0].life))
+    client.pull(6, 6)
+    assert kinds_after_reconnect(client) == ["hello", "pull", "hello"]
+    welcome(client)
+    assert kinds_after_reconnect(client) == ["hello", "pull", "hello", "pull"]
+
+
+def kinds_after_reconnect(client: ParameterClient) -> list[str]:
+    eventually(lambda: client.links.tick() >= 0 and client.links._links[0].connection, 5.0, "a new connection")
+    return kinds(client)
 
 
 def test_a_contribution_is_complete_when_every_chunk_is_acknowledged() -> None:

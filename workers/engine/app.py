@@ -181,7 +181,7 @@ def _build(
         accumulate_fp16,
     )
     client = ParameterClient(transport, inbox, int(session.member.rank), incarnation, table, flat)
-    worker = Worker(session, inbox, client, flat, contributor, slots, wire)
+    worker = Worker(session, inbox, client, contributor, slots, wire)
     log.info("%d parameters in %s on %s", table.num_parameters, dtype, chosen)
     message = pb.Model(table=table.packed(), data_digest=data.digest, evaluation_parts=contributions)
     return worker, client, message

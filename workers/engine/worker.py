@@ -21,7 +21,6 @@ from ps.wire.proto import from_proto
 from ps.wire.session import Session
 from workers.engine import metrics as worker_metrics
 from workers.engine.compute import Contributor
-from workers.engine.flat_model import FlatModel
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +56,6 @@ class Worker:
         session: Session,
         inbox: Inbox,
         client: ParameterClient,
-        flat: FlatModel,
         contributor: Contributor,
         slots: int,
         wire: WireDtype,
@@ -65,7 +63,6 @@ class Worker:
         self._session = session
         self._inbox = inbox
         self._client = client
-        self._flat = flat
         self._contributor = contributor
         self._slots = slots
         self._wire = wire
@@ -159,7 +156,6 @@ class Worker:
         if deal.initialize:
             self._session.doing("sending initial values")
             self._client.initialize()
-            self._flat.forget_initial()
 
     def _report_completed(self) -> None:
         work = self._work
