@@ -100,7 +100,7 @@ class LossScaleConfig(Section):
 
 class PrecisionConfig(Section):
     compute: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
-    """Forward and backward. auto: FP16 on CUDA, FP32 elsewhere."""
+    """Forward and backward. auto: on CUDA the wire's dtype, FP32 elsewhere."""
     wire: WireDtype = WireDtype.FP16
     """Gradients up and weights down."""
     accumulate: Literal["fp32", "fp16"] = "fp32"
@@ -211,6 +211,12 @@ class RunConfig(Section):
             )
         if self.precision.accumulate == "fp16" and self.precision.compute not in ("auto", "fp16"):
             raise ValueError("precision.accumulate=fp16 needs precision.compute=fp16")
+        scaled = self.precision.wire is WireDtype.FP16 or self.precision.loss_scale.static > 0
+        if self.precision.compute == "fp16" and not scaled:
+            raise ValueError(
+                f"precision.compute=fp16 needs a loss scale, which precision.wire={self.precision.wire} does not carry: "
+                "set precision.wire=fp16, or a precision.loss_scale.static"
+            )
         return self
 
     @property

@@ -72,6 +72,8 @@ class CoordinatorApp:
         self._loop = Loop(self._after_each, self._failed)
         self._recorder = Recorder(config.run_dir, history.run)
         self._recorder.keep(history.recorded, set(history.evaluations))
+        if candidates:
+            metrics.CHECKPOINT_VERSION.set(max(candidate.state.version for candidate in candidates))
         metrics_listen = f"{config.telemetry.metrics_host}:0" if config.telemetry.metrics else None
         self._self = MemberState(
             Role.COORDINATOR,

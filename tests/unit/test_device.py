@@ -9,6 +9,7 @@ import torch
 from ps.config import PrecisionConfig
 from ps.errors import ConfigError
 from ps.types import WireDtype
+from workers.config import load_job
 from workers.engine import device
 
 SIZE = 70_000
@@ -75,6 +76,13 @@ def test_fp16_is_computed_where_there_is_hardware_for_it() -> None:
     precision = PrecisionConfig()
     assert device.compute_dtype(precision, torch.device("cpu")) is torch.float32
     assert device.compute_dtype(precision, torch.device("cuda")) is torch.float16
+    assert device.compute_dtype(PrecisionConfig(wire=WireDtype.BF16), torch.device("cuda")) is torch.bfloat16
     assert device.compute_dtype(PrecisionConfig(compute="bf16"), torch.device("cpu")) is torch.bfloat16
+
+
+def test_fp16_arithmetic_without_a_loss_scale_is_refused() -> None:
+    with pytest.raises(ConfigError, match="needs a loss scale"):
+        load_job(None, ["precision.compute=fp16", "precision.wire=bf16"])
+    load_job(None, ["precision.compute=fp16", "precision.wire=bf16", "precision.loss_scale.static=1024"])
     with pytest.raises(ConfigError, match=r"precision\.accumulate=fp16"):
         device.compute_dtype(PrecisionConfig(accumulate="fp16"), torch.device("cpu"))

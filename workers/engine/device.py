@@ -46,14 +46,16 @@ def choose(wanted: str) -> torch.device:
 
 
 def compute_dtype(precision: PrecisionConfig, device: torch.device) -> torch.dtype:
-    """The dtype of forward and backward: FP16 on CUDA, FP32 elsewhere, unless the job says.
+    """The dtype of forward and backward: the wire's on CUDA (FP16 by default), FP32 elsewhere, unless the job says.
+
+    The wire's, because FP16 gradients need the loss scale, which only an FP16 wire carries.
 
     Raises:
         ConfigError: gradients are to add up in FP16, and there are none in it.
     """
     if precision.compute != "auto":
         return _COMPUTE[precision.compute]
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    dtype = _TORCH[precision.wire] if device.type == "cuda" else torch.float32
     if precision.accumulate == "fp16" and dtype is not torch.float16:
         raise ConfigError(
             f"precision.accumulate=fp16 needs gradients in FP16, and precision.compute=auto is FP32 on {device.type}; "
