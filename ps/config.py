@@ -214,8 +214,8 @@ class RunConfig(Section):
         scaled = self.precision.wire is WireDtype.FP16 or self.precision.loss_scale.static > 0
         if self.precision.compute == "fp16" and not scaled:
             raise ValueError(
-                f"precision.compute=fp16 needs a loss scale, which precision.wire={self.precision.wire} does not carry: "
-                "set precision.wire=fp16, or a precision.loss_scale.static"
+                f"precision.compute=fp16 needs a loss scale, which precision.wire={self.precision.wire} does not "
+                "carry: set precision.wire=fp16, or a precision.loss_scale.static"
             )
         return self
 
