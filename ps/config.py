@@ -328,7 +328,7 @@ def _explain(model: type[Section], error: ValidationError) -> str:
     if not key:
         return reason
     if isinstance(value, Mapping):
-        return f"{key}: {reason}"
+        return reason if reason.startswith(f"{key}.") else f"{key}: {reason}"
     return f"{key}={value}: {reason}"
 
 

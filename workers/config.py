@@ -23,6 +23,7 @@ from ps.config import (
     parse_override,
     validate,
 )
+from ps.types import ALIGNMENT, SEGMENT
 
 
 def _as_list(value: Any) -> Any:
@@ -46,13 +47,21 @@ class ModelConfig(Section):
     def _check(self) -> Self:
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(
-                f"model.hidden_size={self.hidden_size} must be a multiple of 2 x model.num_heads={2 * self.num_heads}"
+                f"model.hidden_size={self.hidden_size} must be a multiple of {2 * self.num_heads}, "
+                f"twice model.num_heads={self.num_heads}"
             )
         return self
 
     @property
     def feed_forward_size(self) -> int:
         return self.intermediate_size or -(-self.hidden_size * 8 // 3 // 64) * 64
+
+    def flat_size(self, vocab_size: int) -> int:
+        """Elements of the flat space that this model takes, padding included."""
+        hidden, wide = self.hidden_size, self.feed_forward_size
+        layer = [hidden, hidden, *[hidden * hidden] * 4, *[hidden * wide] * 3]
+        sizes = [vocab_size * hidden, *layer * self.num_layers, hidden]
+        return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 
 class DataConfig(Section):
@@ -94,6 +103,17 @@ class JobConfig(RunConfig):
     data: DataConfig = DataConfig()
     worker: WorkerConfig = WorkerConfig()
     launch: LaunchConfig = LaunchConfig()
+
+    @model_validator(mode="after")
+    def _check_shards(self) -> Self:
+        # The tokenizer may turn out smaller than asked for; then the coordinator says so.
+        segments = -(-self.model.flat_size(self.data.vocab_size) // SEGMENT)
+        if self.cluster.shards > segments:
+            raise ValueError(
+                f"cluster.shards={self.cluster.shards}: this model makes only {segments} chunks of {SEGMENT} "
+                f"elements; use at most {segments} shards"
+            )
+        return self
 
 
 def load_job(job_file: Path | None, overrides: Sequence[str], base: dict[str, Any] | None = None) -> JobConfig:

@@ -45,6 +45,9 @@ log = logging.getLogger(__name__)
 
 #: A shard answers everything but a load at once; one that does not is asked again.
 CONTROL_TIMEOUT_S = 20.0
+#: Between two lines of progress in the log.
+PROGRESS_S = 30.0
+_EVALUATION = ("version", "loss", "bits_per_byte")
 
 _ACTION = {
     actions.Control.INSPECT: shard_pb2.ConfigureRequest.INSPECT,
@@ -75,6 +78,7 @@ class Effects:
         self._self = myself
         self._job_json = job_json
         self._on_end = on_end
+        self._said_at = time.monotonic()
         self._nonce: tuple[str, str] | None = None
         self._plan_digest_made = ""
         self._pool = ThreadPoolExecutor(min(32, machine.config.cluster.shards + 1), thread_name_prefix="effect")
@@ -130,7 +134,17 @@ class Effects:
 
     def _record(self, action: actions.Record) -> None:
         self._recorder.record(action.line)
+        self._say(action.line)
         _export(action.line)
+
+    def _say(self, line: dict[str, Any]) -> None:
+        """Log progress now and then, for a coordinator that was started by hand."""
+        now = time.monotonic()
+        if line["kind"] == "evaluation":
+            log.info("held-out at step %d: loss %s, %s bits per byte", *map(line.get, _EVALUATION))
+        elif now - self._said_at > PROGRESS_S:
+            self._said_at = now
+            log.info("step %d: loss %s", line["step"], line["loss"])
 
     def _rewind(self, action: actions.Rewind) -> None:
         self._recorder.rewind(action.version)

@@ -43,6 +43,7 @@ class ShardApp:
     def __init__(self, coordinator: str, index: int, listen: str, metrics_listen: str | None) -> None:
         self._ended = threading.Event()
         self._leaving = threading.Event()
+        self._registered = False
         self._exit_code = 0
         self._reason = ""
         incarnation = random.SystemRandom().getrandbits(62) + 1
@@ -69,6 +70,7 @@ class ShardApp:
         self._server.start()
         try:
             response = self._session.register(start_timeout_s)
+            self._registered = True
             config = from_json(RunConfig, response.job)
             warm_up(Update(config.optimizer, config.precision.wire), config.precision.wire)
             self._session.start()
@@ -108,6 +110,9 @@ class ShardApp:
         if self._leaving.is_set():
             return
         self._leaving.set()
+        if not self._registered:
+            self._session.abandon()
+            return
         threading.Thread(target=self._leave, name="leave", daemon=True).start()
 
     def _leave(self) -> None:

@@ -29,6 +29,8 @@ BACKOFF_S = (0.05, 0.1, 0.2)
 #: A coordinator that has been away for so long is not coming back.
 GONE_S = 600.0
 CALL_TIMEOUT_S = 10.0
+#: A wait for the coordinator is worth a line in the log after this.
+SAY_AFTER_S = 3.0
 
 
 class Session:
@@ -64,7 +66,7 @@ class Session:
             MismatchError: the coordinator runs something else, or does not take this member.
         """
         since = time.monotonic()
-        attempt = 0
+        attempt, say_after = 0, SAY_AFTER_S
         while True:
             try:
                 response: pb.RegisterResponse = self._stub.Register(
@@ -76,8 +78,15 @@ class Session:
                 if not isinstance(error, PeerUnavailable):
                     raise error from None
             waited = time.monotonic() - since
-            if waited > timeout_s or self._closing.is_set():
-                raise WaitTimeout(f"waited {waited:.1f} s for the coordinator at {self.address}; is it running?")
+            if self._closing.is_set():
+                raise WaitTimeout(f"stopped while waiting for the coordinator at {self.address}")
+            if waited > timeout_s:
+                raise WaitTimeout(
+                    f"waited {waited:.1f} s for the coordinator at {self.address}; is it running? ({error.message})"
+                )
+            if waited > say_after:
+                log.info("waiting for the coordinator at %s for %.0f s", self.address, waited)
+                say_after = 2 * waited
             self._closing.wait(BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)])
             attempt += 1
         self.run = response.run
@@ -96,6 +105,10 @@ class Session:
     def doing(self, text: str) -> None:
         """Say what the member is doing; travels with the next heartbeat."""
         self._doing = text
+
+    def abandon(self) -> None:
+        """Have `register` give up; safe in a signal handler."""
+        self._closing.set()
 
     def close(self) -> None:
         """End the session."""
@@ -121,7 +134,7 @@ class Session:
                 log.exception("the session's thread failed")
                 self._fail(PsError(f"the session failed: {error}"))
                 return
-            if connected:
+            if connected and not self._closing.is_set():
                 attempt, lost_at = 0, time.monotonic()
                 log.info("the session with the coordinator at %s broke; connecting again", self.address)
             self._closing.wait(BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)])
@@ -144,6 +157,9 @@ class Session:
                 if not answered:
                     answered = True
                     self._on_connect()
+                if response.WhichOneof("event") == "end":
+                    # The stream's end that follows is no loss.
+                    self._closing.set()
                 self._on_message(response)
         except grpc.RpcError as failure:
             error = error_of(failure, f"the session with {self.address}")

@@ -75,7 +75,10 @@ def test_merging_and_nesting() -> None:
         (["batch.micro_batches_per_step=8193"], ["8193", "8192"]),
         (["precision.accumulate=fp16", "precision.compute=fp32"], ["precision.compute=fp16"]),
         (["optimizer.name=sgd", "optimizer.nesterov=true", "optimizer.momentum=0"], ["nesterov needs momentum"]),
-        (["model.hidden_size=100", "model.num_heads=3"], ["model.hidden_size=100", "model.num_heads=6"]),
+        (
+            ["model.hidden_size=100", "model.num_heads=3"],
+            ["model.hidden_size=100", "multiple of 6", "model.num_heads=3"],
+        ),
         (["data.validation_fraction=0.5"], ["data.validation_fraction=0.5"]),
         (["seed=-1"], ["seed=-1"]),
         # The unknown key first: it may explain the rest.
@@ -178,3 +181,10 @@ def test_every_key_of_the_issue_is_one() -> None:
 def test_configuration_costs_neither_torch_nor_numba() -> None:
     check = "import sys, workers.config\nassert not {'torch', 'numba', 'grpc'} & set(sys.modules), sys.modules.keys()"
     subprocess.run([sys.executable, "-c", check], check=True, timeout=60)
+
+
+def test_more_shards_than_the_model_has_chunks_is_refused_before_anything_starts() -> None:
+    small = ["model.num_layers=2", "model.hidden_size=64", "data.vocab_size=300"]
+    assert load_job(None, [*small, "cluster.shards=2"]).model.flat_size(300) == 126_016
+    with pytest.raises(ConfigError, match=r"cluster\.shards=3: this model makes only 2 chunks"):
+        load_job(None, [*small, "cluster.shards=3"])

@@ -99,7 +99,7 @@ def write(restored: Restored, prompt: str, tokens: int, temperature: float, top_
 
     Args:
         restored: from `load_model`.
-        prompt: empty: a new text is begun.
+        prompt: empty: the first token of the held-out text is continued.
         tokens: how many to write at most.
         temperature: 0 takes the likeliest token always.
         top_k: choose among so many of the likeliest; 0: among all.
@@ -107,7 +107,8 @@ def write(restored: Restored, prompt: str, tokens: int, temperature: float, top_
     """
     tokenizer = restored.data.tokenizer()
     end = tokenizer.token_to_id(END_OF_TEXT)
-    given = tokenizer.encode(prompt).ids or [end]
-    # A text that is only begun may well be short: then the next one follows.
-    stop = end if prompt else None
-    return prompt + decode(tokenizer, generate(restored.model, given, tokens, temperature, top_k, seed, stop))
+    # Of a single document the model has never seen a beginning, only what comes after it.
+    first = int(restored.data.validation()[0])
+    given = tokenizer.encode(prompt).ids or [first]
+    prompt = prompt or decode(tokenizer, [first] if first != end else [])
+    return prompt + decode(tokenizer, generate(restored.model, given, tokens, temperature, top_k, seed, stop_token=end))

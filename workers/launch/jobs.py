@@ -53,7 +53,9 @@ def resolve(job_file: Path | None, overrides: Sequence[str], base: dict[str, Any
     """
     job = load_job(job_file, overrides, base)
     batch = job.batch.model_copy(update={"contributions_per_step": job.contributions})
-    return job.model_copy(update={"batch": batch})
+    # A run is evaluated, sampled and resumed from anywhere.
+    paths = {"paths": tuple(path.absolute() for path in job.data.paths), "cache_dir": job.data.cache_dir.absolute()}
+    return job.model_copy(update={"batch": batch, "data": job.data.model_copy(update=paths)})
 
 
 def resume(previous: JobConfig, run_dir: Path, overrides: Sequence[str]) -> JobConfig:
