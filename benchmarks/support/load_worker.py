@@ -57,6 +57,9 @@ class FlatArrays:
         for run in chunk.runs:
             room[run.start : run.stop] = 0.02
 
+    def discard(self) -> None:
+        pass
+
     def forget_initial(self) -> None:
         pass
 

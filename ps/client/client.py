@@ -47,6 +47,9 @@ class Source(Protocol):
     def encode(self, chunk: Chunk, slots: int, room: Array) -> bytes:
         """Write a chunk of the computed gradient, divided by `slots`, into `room`; returns the presence map."""
 
+    def discard(self) -> None:
+        """The computed gradient is decided, or dropped: nobody will ask for it again."""
+
     def decode(self, chunk: Chunk, payload: Array) -> None:
         """Take over the published weights of a chunk."""
 
@@ -120,7 +123,7 @@ class ParameterClient:
         self._slots, self._contributions, self._dtype = slots, contributions, dtype
         self._ledger = Ledger(self._plan)
         self._pulling = None
-        self._buffered = None
+        self._drop_buffer()
         self.recompute = set()
         self.completed = []
         self.initialized = None
@@ -138,7 +141,7 @@ class ParameterClient:
         assert self._ledger is not None
         if self._ledger.step != step:
             self._ledger.begin(step)
-            self._buffered = None
+            self._drop_buffer()
             self.recompute = set()
             self.completed = []
 
@@ -153,6 +156,11 @@ class ParameterClient:
         for chunk in self.plan.chunks:
             if chunk.index in wanted:
                 self._push_chunk(contribution, chunk)
+
+    def _drop_buffer(self) -> None:
+        if self._buffered is not None:
+            self._buffered = None
+            self.source.discard()
 
     def forget_buffer(self) -> None:
         """The gradient buffer is about to be overwritten: what is missing later must be computed again."""
@@ -288,6 +296,8 @@ class ParameterClient:
         pulling = self._pulling
         if pulling is None or not pulling.chunk(event.shard, header.chunk, header.applied):
             return
+        # Weights of the next version: the step is decided, and what was pushed for it is never asked for again.
+        self._drop_buffer()
         chunk = self.plan.chunks[header.chunk]
         self.model = Model()
         self.source.decode(chunk, np.frombuffer(event.payload, self._dtype.numpy))

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ps.errors import CheckpointWriteFailed, PsError
+from ps.pages import float32_zeros
 from ps.shard.store import Store
 from ps.sharding import Chunk
 from ps.storage.shard_file import ShardFile, ShardFileWriter, chunk_name
@@ -88,7 +89,7 @@ class Snapshot:
                 self._take(chunk, size)
 
     def _take(self, chunk: Chunk, size: int) -> None:
-        self._copies[chunk.index] = {name: array.copy() for name, array in self._store.arrays(chunk).items()}
+        self._copies[chunk.index] = {name: _copy(array) for name, array in self._store.arrays(chunk).items()}
         self._copy_bytes += size
         self._taken.add(chunk.index)
 
@@ -139,3 +140,10 @@ class Snapshot:
         except BaseException:
             writer.abort()
             raise
+
+
+def _copy(array: np.ndarray) -> np.ndarray:
+    """In pages of its own, which are gone with it; the heap would keep them until the next snapshot."""
+    copy = float32_zeros(array.size)
+    np.copyto(copy, array)
+    return copy

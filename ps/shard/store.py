@@ -5,25 +5,17 @@ Arrays are anonymous memory maps over the shard's chunks, one after the other; a
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ps.kernels.update import RunTable, Update
+from ps.pages import float32_zeros
 from ps.sharding import Chunk
 from ps.types import Decision, WireDtype
 from ps.wire import frame
 from ps.wire.messages import Weights
-
-
-def _zeros(size: int) -> np.ndarray:
-    """FP32 zeros that cost nothing until they are touched, in huge pages where the system has them."""
-    memory = mmap.mmap(-1, max(4 * size, 1))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.float32, size)
 
 
 @dataclass(frozen=True)
@@ -49,9 +41,9 @@ class Store:
         for chunk in chunks:
             self._offsets[chunk.index] = position
             position += chunk.size
-        self._weights = _zeros(position)
-        self._moments = {name: _zeros(position) for name in update.moment_names}
-        self._mean = _zeros(position)
+        self._weights = float32_zeros(position)
+        self._moments = {name: float32_zeros(position) for name in update.moment_names}
+        self._mean = float32_zeros(position)
         self._runs = {chunk.index: RunTable.build(chunk.runs, chunk.size) for chunk in chunks}
         self._square_sums = {chunk.index: np.zeros(chunk.num_segments) for chunk in chunks}
         self._hashes = dict.fromkeys(self._offsets, 0)

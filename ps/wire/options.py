@@ -18,10 +18,11 @@ _STREAM = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.http2.max_frame_size", 16_777_215),
-    ("grpc.http2.lookahead_bytes", 4 << 20),
-    ("grpc.experimental.tcp_read_chunk_size", 4 << 20),
-    ("grpc.experimental.tcp_min_read_chunk_size", 4 << 20),
-    ("grpc.experimental.tcp_max_read_chunk_size", 4 << 20),
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 2 << 20),
+    ("grpc.experimental.tcp_read_chunk_size", 1 << 20),
+    ("grpc.experimental.tcp_min_read_chunk_size", 1 << 20),
+    ("grpc.experimental.tcp_max_read_chunk_size", 1 << 20),
 ]
 
 #: A host that vanishes without a word (power, cable) is noticed after the sum of both, in milliseconds.

@@ -11,7 +11,7 @@ from ps.client.links import Inbox, Lost, Received
 from ps.sharding import Chunk, make_plan
 from ps.types import Fence, ParameterTable, TensorSpec, WireDtype
 from ps.wire import frame
-from ps.wire.messages import Ack, Welcome
+from ps.wire.messages import Ack, Weights, Welcome
 from tests.support.eventually import eventually
 
 TABLE = ParameterTable((TensorSpec("w", (65_536 * 3,)),))
@@ -36,6 +36,9 @@ class _Recording:
 class _Zeros:
     """A source whose gradient is zero."""
 
+    def __init__(self) -> None:
+        self.discarded = 0
+
     def encode(self, chunk: Chunk, _slots: int, room: np.ndarray) -> bytes:
         room[:] = 0
         return bytes(chunk.presence_bytes)
@@ -45,6 +48,9 @@ class _Zeros:
 
     def initial(self, _chunk: Chunk, _room: np.ndarray) -> None:
         pass
+
+    def discard(self) -> None:
+        self.discarded += 1
 
     def forget_initial(self) -> None:
         pass
@@ -119,3 +125,20 @@ def test_what_was_completed_for_a_step_is_never_told_of_the_next() -> None:
     assert client.completed == []
     acknowledge(client, 5, 1)
     assert client.completed == []
+
+
+def test_a_gradient_is_held_until_the_first_weights_after_it() -> None:
+    """They prove that the step is decided; until then a shard that lost it may ask for it."""
+    client = opened()
+    source: Any = client.source
+    client.begin_step(5)
+    welcome(client)
+    client.push(Contribution(5, 0, 1.0, 0.0, 0))
+    client.pull(6, 6)
+    acknowledge(client, 5, 0)
+    assert source.discarded == 0
+    payload = memoryview(bytes(2 * client.plan.chunks[0].size))
+    client.handle(Received(0, Weights(applied=6, chunk=0, dtype="fp16"), payload))
+    assert source.discarded == 1
+    client.begin_step(6)
+    assert source.discarded == 1

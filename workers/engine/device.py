@@ -7,11 +7,13 @@ accelerator they are converted there and copied through pinned buffers.
 
 from __future__ import annotations
 
+from mmap import mmap
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from ps import pages
 from ps.config import PrecisionConfig
 from ps.errors import ConfigError
 from ps.kernels.convert import decode, encode
@@ -85,6 +87,29 @@ def upload(tokens: Array, device: torch.device) -> torch.Tensor:
     if device.type == "cuda":
         return host.pin_memory().to(device, non_blocking=True)
     return host.to(device)
+
+
+class Arena:
+    """A flat buffer on the device; on the CPU in pages that can be given back between two uses."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._pages: mmap | None = None
+        if device.type == "cpu":
+            self._pages = pages.zeros(size * dtype.itemsize)
+            self.tensor = torch.frombuffer(self._pages, dtype=dtype, count=size)
+        else:
+            self.tensor = torch.zeros(size, dtype=dtype, device=device)
+        self._is_zero = True
+
+    def discard(self) -> None:
+        """The contents are not needed any more."""
+        self._is_zero = self._pages is not None and pages.discard(self._pages)
+
+    def use(self) -> None:
+        """Begin anew, with zeros."""
+        if not self._is_zero:
+            self.tensor.zero_()
+        self._is_zero = False
 
 
 class Mover(Protocol):

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from ps.errors import ConfigError
 from ps.sharding import Chunk, Plan
 from ps.types import WireDtype
-from workers.engine.device import Mover, mover
+from workers.engine.device import Arena, Mover, mover
 
 Array = np.ndarray
 
@@ -80,9 +80,9 @@ class FlatModel:
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if [t.name for t in plan.table.tensors] != list(self._parameters):
             raise ConfigError("the model's trainable parameters are not those of the plan's table")
-        self.weights = torch.zeros(plan.size, dtype=dtype, device=device)
-        gradient_dtype = dtype if accumulate_fp16 else torch.float32
-        self.gradients = torch.zeros(plan.size, dtype=gradient_dtype, device=device)
+        self.weights = Arena(plan.size, dtype, device).tensor
+        self._gradient_arena = Arena(plan.size, dtype if accumulate_fp16 else torch.float32, device)
+        self.gradients = self._gradient_arena.tensor
         self._mover: Mover = mover(device, wire, max(chunk.size for chunk in plan.chunks))
         #: Which tensors have had a gradient since `clear`.
         self._touched = [False] * len(plan.table.tensors)
@@ -140,7 +140,7 @@ class FlatModel:
         Args:
             divide: whether `encode` divides by the number of slots (the losses were not divided).
         """
-        self.gradients.zero_()
+        self._gradient_arena.use()
         self._touched = [False] * len(self._touched)
         self._divide = divide
 
@@ -151,6 +151,10 @@ class FlatModel:
         self._mover.read(self.gradients[chunk.start : chunk.stop], slots if self._divide else 1, room)
         bits = sum(1 << position for position, run in enumerate(chunk.runs) if self._touched[run.tensor])
         return bits.to_bytes(chunk.presence_bytes, "little")
+
+    def discard(self) -> None:
+        """Give back what the gradients take: the weights that are coming need room on their way."""
+        self._gradient_arena.discard()
 
     def decode(self, chunk: Chunk, payload: Array) -> None:
         """Take over the published weights of a chunk."""

@@ -15,6 +15,7 @@ from protos.ps.v1 import coordinator_pb2 as pb
 from ps.client.client import Contribution, ParameterClient
 from ps.client.links import Inbox, Said
 from ps.errors import PsError
+from ps.pages import trim_heap
 from ps.telemetry import logs, metrics
 from ps.types import Fence, WireDtype
 from ps.wire.proto import from_proto
@@ -71,6 +72,8 @@ class Worker:
         self._spent: dict[int, Spent] = {}
         self._pull_started: float | None = None
         self._pull_s = 0.0
+        #: Nothing was computed under the present fence yet.
+        self._is_fresh = True
         self._end: pb.End | None = None
         self._leaving = False
 
@@ -123,6 +126,7 @@ class Worker:
         self._work = None
         self._spent.clear()
         self._pull_started = None
+        self._is_fresh = True
         addresses = [member.address for member in cluster.shards]
         self._client.open(
             self._session.run,
@@ -226,6 +230,10 @@ class Worker:
         self._note_pulled()
         self._session.doing(f"step {work.step}: computing contribution {contribution}")
         self._client.forget_buffer()
+        if self._is_fresh:
+            # Preparing the data, sending initial values: none of it comes again.
+            self._is_fresh = False
+            trim_heap()
         started = time.monotonic()
         computed = self._contributor.contribute(work.step, contribution, work.loss_scale)
         pushing = time.monotonic()

@@ -1,0 +1,51 @@
+"""Anonymous memory that is the system's again as soon as it is let go, in huge pages where there are any.
+
+The heap keeps what is freed (see the malloc settings of the launcher): right for messages that come
+and go every millisecond, wrong for hundreds of megabytes that are needed now and then.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+import numpy as np
+
+#: MADV_DONTNEED means "zeros from now on" on Linux only; elsewhere it may mean nothing.
+_GIVES_BACK = hasattr(mmap, "MADV_DONTNEED") and hasattr(mmap, "MADV_HUGEPAGE")
+
+
+def zeros(num_bytes: int) -> mmap.mmap:
+    """Map zeros that cost nothing until they are touched; unmapped with the last view of them.
+
+    Private: a shared mapping is a file in tmpfs, which has no huge pages on most systems.
+    """
+    if not hasattr(mmap, "MAP_ANONYMOUS"):
+        return mmap.mmap(-1, max(num_bytes, 1))
+    memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def float32_zeros(size: int) -> np.ndarray:
+    """FP32 [size] of `zeros`."""
+    return np.frombuffer(zeros(4 * size), np.float32, size)
+
+
+def discard(memory: mmap.mmap) -> bool:
+    """Give the memory back: it reads as zeros, and costs nothing until it is touched again.
+
+    Returns:
+        False where the system cannot: the contents are then what they were.
+    """
+    if _GIVES_BACK:
+        memory.madvise(mmap.MADV_DONTNEED)
+    return _GIVES_BACK
+
+
+def trim_heap() -> None:
+    """Give back what the heap keeps, where the C library can: after work that will not be done again."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
