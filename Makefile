@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 ifneq ($(TORCH_INDEX),)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --index-url $(TORCH_INDEX) torch
 endif
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[worker,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[worker,plot,hf,dev]'
 	@touch $@
 
 train: setup  ## Train the default GPT on this host: 1 coordinator, 2 shards, 2 workers
