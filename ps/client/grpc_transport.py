@@ -13,7 +13,7 @@ from ps.wire.options import open_channel
 from ps.wire.status import error_of
 
 METHOD = "/windlass.ps.v1.Shard/Exchange"
-#: How often a blocked `send` looks whether the stream is still there.
+#: How often the sender looks whether the stream is still there.
 _POLL_S = 0.1
 
 
@@ -38,13 +38,14 @@ class GrpcConnection:
         self._thread = threading.Thread(target=self._receive, name=f"stream {address}", daemon=True)
         self._thread.start()
 
-    def send(self, frame: bytes) -> None:
-        while not self._closed.is_set():
-            try:
-                self._outgoing.put(frame, timeout=_POLL_S)
-            except queue.Full:
-                continue
-            return
+    def send(self, frame: bytes, timeout_s: float) -> bool:
+        if self._closed.is_set():
+            return True
+        try:
+            self._outgoing.put(frame, timeout=timeout_s)
+        except queue.Full:
+            return self._closed.is_set()
+        return True
 
     def close(self) -> None:
         self._closed.set()

@@ -58,10 +58,12 @@ class InProcessConnection:
             self._closed.set()
         threading.Thread(target=self._receive, name=f"stream {address}", daemon=True).start()
 
-    def send(self, frame: bytes) -> None:
+    def send(self, frame: bytes, timeout_s: float) -> bool:
+        del timeout_s
         with self._sending:
             if self._stream is not None and not self._closed.is_set():
                 self._stream.receive(frame)
+        return True
 
     def close(self) -> None:
         if not self._closed.is_set():

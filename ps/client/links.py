@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 #: Received chunks of one shard that may wait in the inbox, next to the one that its reader holds already.
 RECEIVE_WINDOW = 1
+#: How often a blocked `send` looks whether the fence has moved.
+SEND_POLL_S = 0.1
 #: Waiting times between two attempts to reach a shard, in seconds.
 BACKOFF_S = (0.05, 0.1, 0.2)
 
@@ -52,6 +54,11 @@ class Said:
 
     message: Any
 
+    @property
+    def moves_fence(self) -> bool:
+        """What is being sent now belongs to the past."""
+        return self.message.WhichOneof("event") in ("cluster", "end")
+
 
 Event = Received | Lost | Said
 
@@ -61,16 +68,31 @@ class Inbox:
 
     def __init__(self) -> None:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._fences = 0
+
+    @property
+    def fence_moves(self) -> bool:
+        """A new fence, or the end, waits to be taken."""
+        return self._fences > 0
 
     def put(self, event: Event) -> None:
+        self._count(event, 1)
         self._events.put(event)
 
     def get(self, timeout_s: float) -> Event | None:
         """The next event, or None when there is none in time."""
         try:
-            return self._events.get(timeout=timeout_s) if timeout_s > 0 else self._events.get_nowait()
+            event = self._events.get(timeout=timeout_s) if timeout_s > 0 else self._events.get_nowait()
         except queue.Empty:
             return None
+        self._count(event, -1)
+        return event
+
+    def _count(self, event: Event, change: int) -> None:
+        if isinstance(event, Said) and event.moves_fence:
+            with self._lock:
+                self._fences += change
 
 
 @dataclass
@@ -130,11 +152,18 @@ class ShardLinks:
         }
 
     def send(self, shard: int, encoded: bytes) -> None:
-        """Send a frame; it is dropped while the stream is down."""
+        """Send a frame, waiting for room; it is dropped while the stream is down.
+
+        It is dropped too when a new fence comes meanwhile: a shard that hangs must not keep its
+        worker from hearing that somebody else serves in its place.
+        """
         connection = self._links[shard].connection
-        if connection is not None:
-            SENT_BYTES.inc(len(encoded))
-            connection.send(encoded)
+        if connection is None:
+            return
+        SENT_BYTES.inc(len(encoded))
+        while not connection.send(encoded, SEND_POLL_S):
+            if self._inbox.fence_moves:
+                return
 
     def done(self, received: Received) -> None:
         """A received chunk has been used: the next one may be read."""

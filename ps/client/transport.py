@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-#: Frames that wait to be sent on one connection, at most; `send` blocks beyond that.
+#: Frames that wait to be sent on one connection, at most; `send` waits beyond that.
 SEND_WINDOW = 1
 
 OnFrame = Callable[[bytes], None]
@@ -19,8 +19,12 @@ OnClose = Callable[[str], None]
 class Connection(Protocol):
     """One open stream to one shard."""
 
-    def send(self, frame: bytes) -> None:
-        """Queue a frame, waiting while too many are queued. Silently drops it once the stream is closed."""
+    def send(self, frame: bytes, timeout_s: float) -> bool:
+        """Queue a frame, waiting while too many are queued; it is silently dropped once the stream is closed.
+
+        Returns:
+            False when there was no room in time: the frame is not queued.
+        """
 
     def close(self) -> None:
         """End the stream; `on_close` is called if it was not yet. Idempotent."""

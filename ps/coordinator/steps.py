@@ -10,7 +10,7 @@ from ps.coordinator.decision import after, decide, same_content
 from ps.coordinator.evaluation import Evaluation
 from ps.coordinator.run import Run
 from ps.coordinator.timings import Timings, finite
-from ps.types import Applied, Prepared
+from ps.types import Applied, Fence, Prepared
 from ps.wire.proto import to_record
 
 log = logging.getLogger(__name__)
@@ -47,10 +47,10 @@ class Steps:
             self._applied[report.shard] = report
 
     def contributed(
-        self, rank: int, step: int, contribution: int, compute_s: float, push_s: float, pull_s: float
+        self, rank: int, fence: Fence, step: int, contribution: int, compute_s: float, push_s: float, pull_s: float
     ) -> None:
-        """Every shard holds a whole contribution."""
-        if step == self._run.state.version:
+        """Every shard holds a whole contribution; before a rollback they may have held what is lost now."""
+        if fence == self._run.fence and step == self._run.state.version:
             self.dealing.finish(contribution)
             self._timings.add(rank, compute_s, push_s, pull_s)
 

@@ -123,7 +123,11 @@ class Client:
         self.frames.put((parse_to_worker(fields), payload))
 
     def send(self, header: Header, payload: memoryview | bytes = b"") -> None:
-        self.connection.send(encode_frame(header, payload))
+        self.send_bytes(encode_frame(header, payload))
+
+    def send_bytes(self, data: bytes) -> None:
+        while not self.connection.send(data, 0.1):
+            pass
 
     def next(self) -> tuple[Header, memoryview]:
         return self.frames.get(timeout=TIMEOUT_S)
@@ -186,7 +190,7 @@ def test_every_bit_arrives(server: Server, shard: Rig) -> None:
 
 def test_what_is_no_frame_is_refused_and_the_stream_goes_on(server: Server, shard: Rig) -> None:
     client = Client(server)
-    client.connection.send(b"this is not a frame")
+    client.send_bytes(b"this is not a frame")
     refused = client.next()[0]
     assert isinstance(refused, Refused)
     assert refused.code == "MALFORMED_FRAME"
@@ -264,7 +268,7 @@ def test_a_shard_that_blocks_stops_the_sender(server: Server, shard: Rig) -> Non
     def send() -> None:
         nonlocal sent
         for _ in range(1000):
-            client.connection.send(data)
+            client.send_bytes(data)
             sent += 1
         done.set()
 
@@ -312,7 +316,7 @@ def test_closing_from_the_readers_thread(server: Server, shard: Rig) -> None:
 
     connection = server.transport.connect(server.address, on_frame, closed.put)
     opened.put(connection)
-    connection.send(encode_frame(shard.hello()))
+    assert connection.send(encode_frame(shard.hello()), TIMEOUT_S)
     assert closed.get(timeout=TIMEOUT_S)
 
 
@@ -334,7 +338,7 @@ def test_nobody_listens(server: Server) -> None:
     nowhere: Any = "127.0.0.1:1"
     client = Client(server, nowhere)
     assert nowhere in client.closed.get(timeout=TIMEOUT_S)
-    client.connection.send(b"x")
+    client.send_bytes(b"x")
     client.connection.close()
     assert client.closed.empty()
 

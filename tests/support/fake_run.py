@@ -228,7 +228,7 @@ class FakeRun:
         for shard in self.shards.values():
             if shard.has_state and shard.version == step:
                 shard.held.add(contribution)
-        self.machine.steps.contributed(worker.rank, step, contribution, 0.1, 0.01, 0.001)
+        self.machine.steps.contributed(worker.rank, self.machine.fence, step, contribution, 0.1, 0.01, 0.001)
 
     def report(self, shard: FakeShard) -> None:
         """A shard tells everything that it can say, as it does every second."""

@@ -46,16 +46,16 @@ class _Shuffling:
         self._closed = False
         threading.Thread(target=self._send, name="shuffle", daemon=True).start()
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes, timeout_s: float) -> bool:
         fields: dict[str, Any]
         fields, payload = frame.decode(data)
         if fields["kind"] != "push":
-            self._inner.send(data)
-            return
+            return self._inner.send(data, timeout_s)
         self._transport.pushed[fields["step"], fields["contribution"], fields["chunk"]] = bytes(payload)
         with self._changed:
             self._held.append(data)
             self._changed.notify_all()
+        return True
 
     def close(self) -> None:
         with self._changed:
@@ -78,4 +78,5 @@ class _Shuffling:
             self._transport.overtaken += sum(min(order[at:]) < place for at, place in enumerate(order))
             self._transport.repeated += len(twice)
             for data in (*(held[place] for place in order), *twice):
-                self._inner.send(data)
+                while not self._inner.send(data, 1.0):
+                    pass

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from protos.ps.v1 import coordinator_pb2 as pb
 from ps.client.client import Contribution, ParameterClient
-from ps.client.links import Inbox, Lost, Received
+from ps.client.links import Inbox, Lost, Received, Said, ShardLinks
 from ps.sharding import Chunk, make_plan
 from ps.types import Fence, ParameterTable, TensorSpec, WireDtype
 from ps.wire import frame
@@ -26,8 +27,9 @@ class _Recording:
     def connect(self, _address: str, _on_frame: Any, _on_close: Any) -> _Recording:
         return self
 
-    def send(self, frame: bytes) -> None:
+    def send(self, frame: bytes, _timeout_s: float) -> bool:
         self.frames.append(frame)
+        return True
 
     def close(self) -> None:
         pass
@@ -142,3 +144,24 @@ def test_a_gradient_is_held_until_the_first_weights_after_it() -> None:
     assert source.discarded == 1
     client.begin_step(6)
     assert source.discarded == 1
+
+
+class _Full(_Recording):
+    """A shard that hangs: there is never room."""
+
+    def send(self, frame: bytes, _timeout_s: float) -> bool:
+        super().send(frame, _timeout_s)
+        return False
+
+
+def test_a_push_to_a_shard_that_hangs_ends_when_the_fence_moves() -> None:
+    inbox = Inbox()
+    links = ShardLinks(_Full(), inbox, 0, 7)
+    inbox.put(Said(pb.SessionResponse(deal=pb.Deal(step=5))))
+    inbox.put(Said(pb.SessionResponse(cluster=pb.Cluster(step=5))))
+    links.open("run", "plan", Fence(1, 1), ["nowhere:1"])
+    assert inbox.fence_moves
+    assert inbox.get(0.0) is not None
+    assert inbox.fence_moves, "only the deal was taken"
+    assert inbox.get(0.0) is not None
+    assert not inbox.fence_moves

@@ -12,7 +12,7 @@ from ps.coordinator.actions import Configure, Control, Record, TellDeal, TellDec
 from ps.coordinator.dealing import Dealing
 from ps.coordinator.recorder import Recorder
 from ps.errors import MismatchError, PeerUnavailable, StaleFence
-from ps.types import Role
+from ps.types import Fence, Role
 from tests.support.fake_run import FakeRun, make_config
 
 
@@ -199,3 +199,17 @@ def test_asked_to_stop_while_a_shard_is_away_for_a_moment(run: FakeRun) -> None:
     run.run()
     assert run.end.ok
     assert run.prepared_checkpoints() == [0, 2]
+
+
+def test_a_contribution_that_was_complete_before_a_rollback_is_not_complete_after_it(run: FakeRun) -> None:
+    """A worker's word about it may come late; taken for the present one, the step would wait for its time-out."""
+    run.everybody()
+    run.run_to(2)
+    steps, old = run.machine.steps, run.machine.fence
+    step = run.machine.state.version
+    before = steps.outstanding(0)[0]
+    assert before
+    steps.contributed(0, Fence(old.term, old.epoch - 1), step, before[0], 0.1, 0.1, 0.1)
+    assert steps.outstanding(0)[0] == before
+    steps.contributed(0, old, step, before[0], 0.1, 0.1, 0.1)
+    assert steps.outstanding(0)[0] == before[1:]

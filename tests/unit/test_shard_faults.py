@@ -75,8 +75,8 @@ class _Moving:
         moving = self
 
         class Connection:
-            def send(self, frame: bytes) -> None:
-                pass
+            def send(self, _frame: bytes, _timeout_s: float) -> bool:
+                return True
 
             def close(self) -> None:
                 moving.closed.append(address)

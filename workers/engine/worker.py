@@ -18,7 +18,7 @@ from ps.errors import PsError
 from ps.pages import trim_heap
 from ps.telemetry import logs, metrics
 from ps.types import Fence, WireDtype
-from ps.wire.proto import from_proto
+from ps.wire.proto import from_proto, to_proto
 from ps.wire.session import Session
 from workers.engine import metrics as worker_metrics
 from workers.engine.compute import Contributor
@@ -175,6 +175,7 @@ class Worker:
                     compute_s=spent.compute_s,
                     push_s=spent.push_s,
                     pull_s=spent.pull_s,
+                    fence=to_proto(self._fence),
                 )
             )
 

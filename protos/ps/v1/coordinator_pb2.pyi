@@ -116,18 +116,20 @@ class Evaluated(_message.Message):
     def __init__(self, version: _Optional[int] = ..., part: _Optional[int] = ..., loss_sum: _Optional[float] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class Contributed(_message.Message):
-    __slots__ = ("step", "contribution", "compute_s", "push_s", "pull_s")
+    __slots__ = ("step", "contribution", "compute_s", "push_s", "pull_s", "fence")
     STEP_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTION_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
     PUSH_S_FIELD_NUMBER: _ClassVar[int]
     PULL_S_FIELD_NUMBER: _ClassVar[int]
+    FENCE_FIELD_NUMBER: _ClassVar[int]
     step: int
     contribution: int
     compute_s: float
     push_s: float
     pull_s: float
-    def __init__(self, step: _Optional[int] = ..., contribution: _Optional[int] = ..., compute_s: _Optional[float] = ..., push_s: _Optional[float] = ..., pull_s: _Optional[float] = ...) -> None: ...
+    fence: _common_pb2.Fence
+    def __init__(self, step: _Optional[int] = ..., contribution: _Optional[int] = ..., compute_s: _Optional[float] = ..., push_s: _Optional[float] = ..., pull_s: _Optional[float] = ..., fence: _Optional[_Union[_common_pb2.Fence, _Mapping]] = ...) -> None: ...
 
 class Leave(_message.Message):
     __slots__ = ("reason",)
