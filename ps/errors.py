@@ -26,6 +26,7 @@
         CheckpointNotFound      there is no checkpoint to read
         CheckpointWriteFailed   a checkpoint could not be written; the previous one is untouched
         JournalDamaged          a journal is not readable before its torn tail, or is held by another process
+      SharedMemoryError         this host's shared memory cannot be used; frames go through gRPC instead
       DataError                 a text file cannot be used; names file and offset
 
 Every message names the thing, the value, the bound and the way out.
@@ -201,6 +202,12 @@ class JournalDamaged(StorageError):
     """A journal cannot be read before its torn tail, or another process holds it."""
 
     code = "JOURNAL_DAMAGED"
+
+
+class SharedMemoryError(PsError):
+    """Shared memory cannot be used; the caller goes on with frames."""
+
+    code = "SHARED_MEMORY"
 
 
 class DataError(PsError):

@@ -85,8 +85,8 @@ class WorkerConfig(Section):
 
 
 class LaunchConfig(Section):
-    transport: Literal["auto", "grpc"] = "auto"
-    """How tensors travel between a worker and a shard."""
+    transport: Literal["auto", "grpc", "shm"] = "auto"
+    """How tensors travel between a worker and a shard: through shared memory on one host, else over gRPC."""
     host: str = "127.0.0.1"
     """The address that the roles bind."""
     restart_limit: int = Field(10, ge=0)

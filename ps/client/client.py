@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,12 +17,13 @@ import xxhash
 
 from ps.client.ledger import Ledger, Pulling
 from ps.client.links import Inbox, Lost, Received, ShardLinks
+from ps.client.shared import SharedPlaces, Sharing
 from ps.client.transport import Transport
-from ps.errors import MismatchError, StaleFence, VersionGone
+from ps.errors import MismatchError, SharedMemoryError, StaleFence, VersionGone
 from ps.sharding import Chunk, Plan, make_plan
 from ps.types import Fence, ParameterTable, WireDtype, slot_range
 from ps.wire import frame
-from ps.wire.messages import Ack, Initialize, Pull, Push, Refused, Unchanged, Weights, Welcome
+from ps.wire.messages import Ack, Attach, Initialize, Pull, Push, Refused, Unchanged, Weights, Welcome
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +73,19 @@ class ParameterClient:
     """Pushes contributions and pulls versions."""
 
     def __init__(
-        self, transport: Transport, inbox: Inbox, rank: int, incarnation: int, table: ParameterTable, source: Source
+        self,
+        transport: Transport,
+        inbox: Inbox,
+        rank: int,
+        incarnation: int,
+        table: ParameterTable,
+        source: Source,
+        sharing: Sharing = Sharing.AUTO,
     ) -> None:
-        self.links = ShardLinks(transport, inbox, rank, incarnation)
+        self.links = ShardLinks(transport, inbox, rank, incarnation, self._offer)
+        self._sharing = sharing
+        #: What is shared with each shard since its last greeting.
+        self._places: dict[int, SharedPlaces] = {}
         self.table = table
         self.source = source
         self.model = Model()
@@ -133,6 +144,18 @@ class ParameterClient:
 
     def close(self) -> None:
         self.links.close()
+        for places in self._places.values():
+            places.close()
+
+    def _offer(self, shard: int) -> dict[str, Any]:
+        """Offer a shard shared memory with each greeting, if it is wanted."""
+        before = self._places.pop(shard, None)
+        if before is not None:
+            before.close()
+        if self._sharing is Sharing.NEVER:
+            return {}
+        places = self._places[shard] = SharedPlaces(self.plan, shard, self._dtype, self._contributions)
+        return places.offer()
 
     # -- Push -----------------------------------------------------------------------------------
 
@@ -168,6 +191,8 @@ class ParameterClient:
 
     def _push_chunk(self, contribution: Contribution, chunk: Chunk) -> None:
         slots = len(slot_range(contribution.index, self._contributions, self._slots))
+        if self._push_shared(contribution, chunk, slots):
+            return
         # Hash and presence map have a fixed length, so the frame is laid out before they are known.
         blank = self._push_header(contribution, chunk, slots, bytes(8), bytes(chunk.presence_bytes))
         draft = frame.Draft(blank.pack(), self._dtype.numpy, chunk.size)
@@ -175,6 +200,19 @@ class ParameterClient:
         header = self._push_header(contribution, chunk, slots, xxhash.xxh3_64_digest(draft.payload.data), present)
         draft.rewrite(header.pack())
         self.links.send(chunk.shard, draft.data)
+
+    def _push_shared(self, contribution: Contribution, chunk: Chunk, slots: int) -> bool:
+        """Write a chunk where its shard reads it; False when it has to go as a frame."""
+        places = self._places.get(chunk.shard)
+        room = places.room(contribution.step, contribution.index, chunk) if places is not None else None
+        if room is None:
+            return False
+        place, payload = room
+        present = self.source.encode(chunk, slots, payload)
+        header = self._push_header(contribution, chunk, slots, xxhash.xxh3_64_digest(payload.data), present)
+        placed = replace(header, place=place, place_bytes=payload.nbytes)
+        self.links.send(chunk.shard, frame.encode(placed.pack()))
+        return True
 
     def _push_header(self, contribution: Contribution, chunk: Chunk, slots: int, digest: bytes, present: bytes) -> Push:
         return Push(
@@ -253,6 +291,7 @@ class ParameterClient:
         self.links.welcomed(event.shard)
         if Fence(header.term, header.epoch) != self.links.fence or self._ledger is None:
             return
+        self._share(event.shard, header)
         self._welcomed.add(event.shard)
         if self.initialized is not None:
             self._initialize_shard(event.shard)
@@ -265,6 +304,24 @@ class ParameterClient:
             self._push_again(contribution, chunks)
         for contribution in list(self._ledger.unacknowledged):
             self._note_complete(contribution)
+
+    def _share(self, shard: int, header: Welcome) -> None:
+        places = self._places.get(shard)
+        if places is None:
+            return
+        try:
+            nonce = places.welcomed(header)
+        except SharedMemoryError as error:
+            if self._sharing is Sharing.ALWAYS:
+                raise SharedMemoryError(
+                    f"launch.transport=shm: worker and shard {shard} share no memory ({error.message}); "
+                    "use launch.transport=auto"
+                ) from None
+            log.info("frames go to shard %d, there is no shared memory: %s", shard, error.message)
+            return
+        if nonce is not None:
+            log.info("sharing memory with shard %d", shard)
+            self.links.send(shard, frame.encode(Attach(**self.links.identity(), nonce=nonce).pack()))
 
     def _push_again(self, contribution: int, chunks: list[int]) -> None:
         buffered = self._buffered
@@ -296,12 +353,27 @@ class ParameterClient:
         pulling = self._pulling
         if pulling is None or not pulling.chunk(event.shard, header.chunk, header.applied):
             return
+        chunk = self.plan.chunks[header.chunk]
+        payload = self._payload(event, chunk)
         # Weights of the next version: the step is decided, and what was pushed for it is never asked for again.
         self._drop_buffer()
-        chunk = self.plan.chunks[header.chunk]
         self.model = Model()
-        self.source.decode(chunk, np.frombuffer(event.payload, self._dtype.numpy))
+        self.source.decode(chunk, np.frombuffer(payload, self._dtype.numpy))
+        if header.place >= 0 and not self._places[event.shard].intact(header):
+            log.info("chunk %d was written anew while it was read: its version is gone", chunk.index)
+            self._pulling = None
+            return
         self._note_pulled(pulling)
+
+    def _payload(self, event: Received, chunk: Chunk) -> memoryview:
+        """The weights of a chunk: in shared memory, or in the frame."""
+        header: Any = event.header
+        if header.place < 0:
+            return event.payload
+        places = self._places.get(event.shard)
+        if places is None:
+            raise SharedMemoryError(f"shard {event.shard} names a place in memory that this worker does not share")
+        return places.payload(header, chunk.size * self._dtype.itemsize)
 
     def _unchanged(self, event: Received) -> None:
         header: Any = event.header

@@ -9,6 +9,7 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +111,19 @@ class _Link:
 class ShardLinks:
     """One stream per shard. Owned by one thread; only the inbox is shared."""
 
-    def __init__(self, transport: Transport, inbox: Inbox, rank: int, incarnation: int) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        inbox: Inbox,
+        rank: int,
+        incarnation: int,
+        offer: Callable[[int], dict[str, Any]] = lambda _: {},
+    ) -> None:
+        """
+        Args:
+            offer: fields of a shard's greeting that offer it more than frames.
+        """
+        self._offer = offer
         self._transport = transport
         self._inbox = inbox
         self._rank = rank
@@ -168,7 +181,7 @@ class ShardLinks:
     def done(self, received: Received) -> None:
         """A received chunk has been used: the next one may be read."""
         window = self._links[received.shard].window
-        if window is not None and isinstance(received.header, Weights):
+        if window is not None and isinstance(received.header, Weights) and received.payload:
             window.release()
 
     def retry(self, shard: int) -> None:
@@ -207,7 +220,7 @@ class ShardLinks:
         link.retry_at = None
         if link.connection is None:
             self._connect(shard, link)
-        self.send(shard, frame.encode(Hello(**self.identity(), plan=self.plan_digest).pack()))
+        self.send(shard, frame.encode(Hello(**self.identity(), plan=self.plan_digest, **self._offer(shard)).pack()))
 
     def _connect(self, shard: int, link: _Link) -> None:
         link.life += 1
@@ -225,7 +238,7 @@ class ShardLinks:
                 if link.life == life and link.connection is not None:
                     link.connection.close()
                 return
-            if isinstance(header, Weights):
+            if isinstance(header, Weights) and payload:
                 while not window.acquire(timeout=1.0):
                     if link.life != life:
                         return

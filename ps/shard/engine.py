@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ from ps.storage.shard_file import ShardFile
 from ps.telemetry import logs
 from ps.types import Applied, Decision, Fence, ParameterTable, Prepared
 from ps.wire.messages import Initialize, Push
+from ps.wire.shared_memory import Segment
 
 log = logging.getLogger(__name__)
 
@@ -178,13 +179,23 @@ class ShardEngine:
 
     # -- Frames ---------------------------------------------------------------------------------
 
+    def share(self) -> Segment:
+        """Publish in shared memory too; returns where.
+
+        Raises:
+            SharedMemoryError: there is none, or not enough.
+        """
+        with self.changed:
+            return self.store.publication.share()
+
     def push(self, header: Push, payload: memoryview) -> Accepted:
         """Take one chunk of a contribution.
 
         Raises:
             Refusal: by name; nothing has changed.
         """
-        payload_hash = xxhash.xxh3_64_digest(payload)
+        # In shared memory nothing is damaged on its way: there is none.
+        payload_hash = header.hash if header.place >= 0 else xxhash.xxh3_64_digest(payload)
         with self.changed:
             accepted = self.protocol.push(header, payload, payload_hash)
             if accepted.conflicting:
@@ -237,7 +248,7 @@ class ShardEngine:
 
     def _skipped(self, decision: Decision) -> None:
         for index, published in self.store.published.items():
-            self.store.published[index] = type(published)(decision.version, published.applied, published.frame)
+            self.store.published[index] = replace(published, version=decision.version)
         self._close_step(decision)
 
     def _apply(self, decision: Decision, chunk: Chunk) -> None:
@@ -249,6 +260,7 @@ class ShardEngine:
             if self.protocol.deciding is not decision:
                 return
             present = self.protocol.present(chunk)
+            self.store.retract(chunk)
         with metrics.APPLY_SECONDS.time():
             published = self.store.apply(chunk, present, decision)
         with self.changed:

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from ps.errors import MalformedFrame, Refusal, StaleFence, VersionGone
 from ps.shard import metrics
 from ps.shard.engine import ShardEngine
+from ps.shard.sharing import Sharing
 from ps.types import Fence
 from ps.wire import frame
 from ps.wire.messages import (
     Ack,
+    Attach,
     Header,
     Hello,
     Initialize,
@@ -50,9 +52,11 @@ class Exchange:
         self._outbox: deque[bytes] = deque()
         self._cursor: _Cursor | None = None
         self._closed = False
+        self._sharing = Sharing()
 
     def close(self) -> None:
         """End `replies`; what was received stays."""
+        self._sharing.close()
         with self._engine.changed:
             self._closed = True
             self._engine.changed.notify_all()
@@ -70,7 +74,7 @@ class Exchange:
 
     def _handle(self, header: Header, payload: memoryview) -> None:
         if isinstance(header, Push):
-            accepted = self._engine.push(header, payload)
+            accepted = self._engine.push(header, self._sharing.payload(header, payload))
             self._reply(Ack(header.step, header.contribution, header.chunk, accepted.duplicate))
         elif isinstance(header, Initialize):
             duplicate = self._engine.initialize(header, payload)
@@ -79,6 +83,8 @@ class Exchange:
             self._pull(header)
         elif isinstance(header, Hello):
             self._hello(header)
+        elif isinstance(header, Attach):
+            self._sharing.attached(header)
 
     def _hello(self, header: Hello) -> None:
         engine = self._engine
@@ -89,6 +95,7 @@ class Exchange:
                 raise MalformedFrame(
                     f"the worker's plan {header.plan[:12]} is not this shard's {engine.plan.digest[:12]}"
                 )
+            shared = self._sharing.begin(header, engine.share)
             held = [[contribution, _bitmap(chunks, engine)] for contribution, chunks in engine.protocol.held()]
             welcome = Welcome(
                 engine.shard,
@@ -98,6 +105,7 @@ class Exchange:
                 engine.protocol.step,
                 engine.protocol.applied,
                 held,
+                **shared,
             )
         self._reply(welcome)
 
@@ -169,7 +177,9 @@ class Exchange:
             if published.applied != request.applied:
                 if cursor.next == len(engine.chunks):
                     self._cursor = None
-                return published.frame
+                if self._sharing.ready and published.notice:
+                    return published.notice
+                return engine.store.frame(engine.chunks[cursor.next - 1])
         self._cursor = None
         return frame.encode(Unchanged(request.version, engine.protocol.applied).pack())
 

@@ -9,6 +9,7 @@ from ps.telemetry.metrics import RECEIVED_BYTES, SENT_BYTES, STEP
 
 ELEMENTS = Gauge("windlass_shard_elements", "Elements of the flat space that this shard holds, padding included")
 STREAMS = Gauge("windlass_streams", "Open tensor streams")
+SHARED_STREAMS = Gauge("windlass_shared_memory_streams", "Tensor streams whose payloads go through shared memory")
 PUSHED_FRAMES = Counter("windlass_pushed_frames", "Pushed chunks, by what became of them", ["outcome"])
 REFUSED_FRAMES = Counter("windlass_refused_frames", "Frames that were refused, by error code", ["code"])
 CONFLICTS = Counter("windlass_conflicting_contributions", "Chunks that came again with other bits")
@@ -25,6 +26,7 @@ __all__ = [
     "REDUCE_SECONDS",
     "REFUSED_FRAMES",
     "SENT_BYTES",
+    "SHARED_STREAMS",
     "SNAPSHOT_FAILURES",
     "STEP",
     "STREAMS",

@@ -6,26 +6,15 @@ Arrays are anonymous memory maps over the shard's chunks, one after the other; a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 
 from ps.kernels.update import RunTable, Update
 from ps.pages import float32_zeros
+from ps.shard.publication import Publication, Published
 from ps.sharding import Chunk
 from ps.types import Decision, WireDtype
-from ps.wire import frame
-from ps.wire.messages import Weights
-
-
-@dataclass(frozen=True)
-class Published:
-    """One chunk's weights as workers get them: an encoded frame, never changed after it is made."""
-
-    #: The version they are (decided steps), and the committed steps in them.
-    version: int
-    applied: int
-    frame: bytes
 
 
 class Store:
@@ -41,6 +30,7 @@ class Store:
         for chunk in chunks:
             self._offsets[chunk.index] = position
             position += chunk.size
+        self.publication = Publication(self.chunks, dtype)
         self._weights = float32_zeros(position)
         self._moments = {name: float32_zeros(position) for name in update.moment_names}
         self._mean = float32_zeros(position)
@@ -80,7 +70,7 @@ class Store:
 
     def apply(self, chunk: Chunk, present: np.ndarray, decision: Decision) -> Published:
         """Carry out a decision on one chunk, and encode its new weights."""
-        draft = self._draft(chunk, decision.applied)
+        draft = self.publication.draft(chunk, decision.applied)
         self._hashes[chunk.index] = self.update.apply(
             self.mean(chunk),
             self.weights(chunk),
@@ -91,21 +81,31 @@ class Store:
             draft.payload,
             chunk.start,
         )
-        return Published(decision.version, decision.applied, draft.data)
+        return self.publication.publish(chunk, draft, decision.version)
 
     def encode(self, chunk: Chunk, version: int, applied: int) -> Published:
         """Encode the weights as they are, after they were loaded or initialized."""
-        draft = self._draft(chunk, applied)
+        draft = self.publication.draft(chunk, applied)
         self.update.publish(self.weights(chunk), draft.payload)
         self._hashes[chunk.index] = self.update.state_hash(self.weights(chunk), self.moments(chunk), chunk.start)
-        return Published(version, applied, draft.data)
+        return self.publication.publish(chunk, draft, version)
+
+    def retract(self, chunk: Chunk) -> None:
+        """What a chunk's place in shared memory holds is about to change: nobody may be told of it any more."""
+        if self.publication.segment is not None and chunk.index in self.published:
+            self.published[chunk.index] = replace(self.published[chunk.index], version=-1)
+
+    def frame(self, chunk: Chunk) -> bytes:
+        """The frame of a published chunk, for a worker that shares no memory."""
+        published = self.published[chunk.index]
+        if published.frame is None:
+            published = replace(published, frame=self.publication.encode(chunk, published))
+            self.published[chunk.index] = published
+        assert published.frame is not None
+        return published.frame
 
     def clear(self) -> None:
         """Forget everything: zeros, nothing published."""
         for array in (self._weights, *self._moments.values()):
             array[:] = 0
         self.published.clear()
-
-    def _draft(self, chunk: Chunk, applied: int) -> frame.Draft:
-        header = Weights(applied=applied, chunk=chunk.index, dtype=str(self.dtype))
-        return frame.Draft(header.pack(), self.dtype.numpy, chunk.size)

@@ -45,6 +45,18 @@ class Hello(Fenced):
 
     kind = "hello"
     plan: str
+    #: The name of a segment of shared memory for gradients, and its bytes; empty: only frames.
+    shared: str = ""
+    shared_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Attach(Fenced):
+    """The worker has attached the segment in which the shard publishes."""
+
+    kind = "attach"
+    #: Of that segment, 16 bytes.
+    nonce: bytes
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,9 @@ class Push(Fenced):
     present: bytes
     loss_sum: float
     tokens: int
+    #: Where the payload is, in bytes from the start of the worker's segment; -1: in this frame.
+    place: int = -1
+    place_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,6 +115,11 @@ class Welcome(Header):
     applied: int
     #: Held chunks of each contribution: (contribution, bitmap over the shard's chunks).
     held: list[list[Any]]
+    #: The nonce of the worker's segment, and the name and bytes of the one in which the shard publishes;
+    #: empty: only frames.
+    nonce: bytes = b""
+    shared: str = ""
+    shared_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,6 +142,10 @@ class Weights(Header):
     applied: int
     chunk: int
     dtype: str
+    #: Where the payload is, in bytes from the start of the shard's segment; -1: in this frame.
+    place: int = -1
+    #: What the place's sequence number must still be when it has been read.
+    sequence: int = 0
 
 
 @dataclass(frozen=True)
@@ -161,7 +185,7 @@ class State(Header):
     array: str
 
 
-_TO_SHARD: dict[str, type[Header]] = {cls.kind: cls for cls in (Hello, Push, Initialize, Pull)}
+_TO_SHARD: dict[str, type[Header]] = {cls.kind: cls for cls in (Hello, Attach, Push, Initialize, Pull)}
 _TO_WORKER: dict[str, type[Header]] = {cls.kind: cls for cls in (Welcome, Ack, Weights, Unchanged, Refused)}
 
 
@@ -210,7 +234,7 @@ def _parse(kinds: dict[str, type[Header]], header: dict[str, Any]) -> Header:
     return cls(**values)
 
 
-def parse_to_shard(header: dict[str, Any]) -> Hello | Push | Initialize | Pull:
+def parse_to_shard(header: dict[str, Any]) -> Hello | Attach | Push | Initialize | Pull:
     """Read a header that a worker sent.
 
     Raises:

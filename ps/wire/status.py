@@ -37,6 +37,7 @@ STATUS: dict[type[errors.PsError], grpc.StatusCode] = {
     errors.CheckpointNotFound: grpc.StatusCode.NOT_FOUND,
     errors.CheckpointWriteFailed: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.JournalDamaged: grpc.StatusCode.DATA_LOSS,
+    errors.SharedMemoryError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DataError: grpc.StatusCode.INVALID_ARGUMENT,
 }
 

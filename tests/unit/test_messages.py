@@ -27,6 +27,7 @@ HEADERS: list[Header] = [
         loss_sum=1.5,
         tokens=7,
     ),
+    messages.Attach(**IDENTITY, nonce=bytes(16)),
     messages.Initialize(**IDENTITY, chunk=1, hash=bytes(8)),
     messages.Pull(**IDENTITY, version=3, applied=-1),
     messages.Welcome(0, 9, 1, 2, 3, 3, [[0, b"\x01"]]),

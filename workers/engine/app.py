@@ -15,6 +15,7 @@ from protos.ps.v1.common_pb2 import Member
 from ps.client.client import ParameterClient
 from ps.client.grpc_transport import GrpcTransport
 from ps.client.links import Inbox, Said
+from ps.client.shared import Sharing
 from ps.client.transport import Transport
 from ps.config import from_json
 from ps.kernels.compile import warm_up_worker
@@ -180,7 +181,9 @@ def _build(
         job.batch.micro_batch_size,
         accumulate_fp16,
     )
-    client = ParameterClient(transport, inbox, int(session.member.rank), incarnation, table, flat)
+    client = ParameterClient(
+        transport, inbox, int(session.member.rank), incarnation, table, flat, Sharing(job.launch.transport)
+    )
     worker = Worker(session, inbox, client, contributor, slots, wire)
     log.info("%d parameters in %s on %s", table.num_parameters, dtype, chosen)
     message = pb.Model(table=table.packed(), data_digest=data.digest, evaluation_parts=contributions)

@@ -1,0 +1,78 @@
+"""What a shard shares with the worker of one stream: the worker's gradients, and the published weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from ps.errors import MalformedFrame, SharedMemoryError
+from ps.shard import metrics
+from ps.wire.messages import Attach, Hello, Push
+from ps.wire.shared_memory import Segment
+
+log = logging.getLogger(__name__)
+
+
+class Sharing:
+    """The server's side of one stream's shared memory; each greeting begins it anew."""
+
+    def __init__(self) -> None:
+        self._gradients: Segment | None = None
+        self._published: Segment | None = None
+        #: The worker has proved that it sees what is published.
+        self.ready = False
+
+    def begin(self, header: Hello, share: Callable[[], Segment]) -> dict[str, Any]:
+        """Attach what a worker offers; returns the fields of the answer, empty ones for frames only.
+
+        Gradients that are held of an earlier greeting stay where they are.
+        """
+        self.close()
+        if not header.shared:
+            return {}
+        try:
+            gradients = Segment.attach(header.shared, header.shared_bytes)
+            published = share()
+        except SharedMemoryError as error:
+            log.info("worker %d gets frames: %s", header.rank, error.message)
+            return {}
+        self._gradients, self._published = gradients, published
+        return {"nonce": gradients.nonce, "shared": published.name, "shared_bytes": published.size}
+
+    def attached(self, header: Attach) -> None:
+        """The worker's proof.
+
+        Raises:
+            MalformedFrame: it is not one; the stream goes on with frames.
+        """
+        if self._published is None or header.nonce != self._published.nonce:
+            raise MalformedFrame("attach: the nonce is not that of this shard's segment")
+        if not self.ready:
+            self.ready = True
+            metrics.SHARED_STREAMS.inc()
+            log.info("worker %d shares memory with this shard", header.rank)
+
+    def payload(self, header: Push, payload: memoryview) -> memoryview:
+        """The gradient of a push: where its header says, or in the frame.
+
+        Raises:
+            MalformedFrame: it names a place outside of what is shared.
+        """
+        if header.place < 0:
+            return payload
+        if self._gradients is None or not self.ready:
+            raise MalformedFrame("push: a place in shared memory, where nothing is shared")
+        try:
+            return self._gradients.view(header.place, header.place_bytes)
+        except SharedMemoryError as error:
+            raise MalformedFrame(f"push: {error.message}") from None
+
+    def close(self) -> None:
+        """Let go of everything; views of gradients that are held keep their memory. Idempotent."""
+        if self._gradients is not None:
+            self._gradients.close()
+        if self.ready:
+            metrics.SHARED_STREAMS.dec()
+        self._gradients = self._published = None
+        self.ready = False
