@@ -18,6 +18,7 @@
         WrongDtype              not the wire dtype of the run
         WrongLength             a payload or a presence map of a wrong length
         WrongHash               the payload does not have the hash in its header
+        StalePlace              a place in shared memory of an earlier greeting
         ConflictingContribution the same key with another hash, under determinism=strict
         VersionGone             a pull of a version that is no longer published
         NotServing              the shard holds no state yet, or is loading it
@@ -153,6 +154,12 @@ class WrongHash(Refusal):
 
     code = "WRONG_HASH"
     retry = True
+
+
+class StalePlace(Refusal):
+    """The payload is in memory of an earlier greeting: what is missing is asked for since."""
+
+    code = "STALE_PLACE"
 
 
 class ConflictingContribution(Refusal):

@@ -19,7 +19,7 @@ from ps.client.ledger import Ledger, Pulling
 from ps.client.links import Inbox, Lost, Received, ShardLinks
 from ps.client.shared import SharedPlaces, Sharing
 from ps.client.transport import Transport
-from ps.errors import MismatchError, SharedMemoryError, StaleFence, VersionGone
+from ps.errors import MismatchError, SharedMemoryError, StaleFence, StalePlace, VersionGone
 from ps.sharding import Chunk, Plan, make_plan
 from ps.types import Fence, ParameterTable, WireDtype, slot_range
 from ps.wire import frame
@@ -86,6 +86,7 @@ class ParameterClient:
         self._sharing = sharing
         #: What is shared with each shard since its last greeting.
         self._places: dict[int, SharedPlaces] = {}
+        self._greetings = 0
         self.table = table
         self.source = source
         self.model = Model()
@@ -154,7 +155,8 @@ class ParameterClient:
             before.close()
         if self._sharing is Sharing.NEVER:
             return {}
-        places = self._places[shard] = SharedPlaces(self.plan, shard, self._dtype, self._contributions)
+        self._greetings += 1
+        places = self._places[shard] = SharedPlaces(self.plan, shard, self._dtype, self._contributions, self._greetings)
         return places.offer()
 
     # -- Push -----------------------------------------------------------------------------------
@@ -205,12 +207,12 @@ class ParameterClient:
         """Write a chunk where its shard reads it; False when it has to go as a frame."""
         places = self._places.get(chunk.shard)
         room = places.room(contribution.step, contribution.index, chunk) if places is not None else None
-        if room is None:
+        if places is None or room is None:
             return False
         place, payload = room
         present = self.source.encode(chunk, slots, payload)
         header = self._push_header(contribution, chunk, slots, xxhash.xxh3_64_digest(payload.data), present)
-        placed = replace(header, place=place, place_bytes=payload.nbytes)
+        placed = replace(header, place=place, place_bytes=payload.nbytes, greeting=places.greeting)
         self.links.send(chunk.shard, frame.encode(placed.pack()))
         return True
 
@@ -389,7 +391,7 @@ class ParameterClient:
     def _refused(self, event: Received) -> None:
         header: Any = event.header
         error = header.error()
-        if isinstance(error, StaleFence):
+        if isinstance(error, StaleFence | StalePlace):
             log.info("shard %d moved on: %s", event.shard, error.message)
         elif isinstance(error, VersionGone):
             # The next deal names a newer version.

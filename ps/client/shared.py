@@ -36,7 +36,8 @@ class Sharing(StrEnum):
 class SharedPlaces:
     """One greeting's shared memory with one shard. Owned by the client's thread; `payload` is any thread's."""
 
-    def __init__(self, plan: Plan, shard: int, dtype: WireDtype, contributions: int) -> None:
+    def __init__(self, plan: Plan, shard: int, dtype: WireDtype, contributions: int, greeting: int) -> None:
+        self.greeting = greeting
         self._dtype = dtype
         self._shard = shard
         self._offsets: dict[int, int] = {}
@@ -67,7 +68,11 @@ class SharedPlaces:
         """The fields of the greeting that offer the segment; empty ones when there is none."""
         if self._gradients is None:
             return {}
-        return {"shared": self._gradients.name, "shared_bytes": self._gradients.size}
+        return {
+            "shared": self._gradients.name,
+            "shared_bytes": self._gradients.size,
+            "greeting": self.greeting,
+        }
 
     def welcomed(self, header: Welcome) -> bytes | None:
         """Take up the shard's answer.

@@ -56,8 +56,8 @@ class Exchange:
 
     def close(self) -> None:
         """End `replies`; what was received stays."""
-        self._sharing.close()
         with self._engine.changed:
+            self._sharing.close()
             self._closed = True
             self._engine.changed.notify_all()
 
@@ -84,7 +84,8 @@ class Exchange:
         elif isinstance(header, Hello):
             self._hello(header)
         elif isinstance(header, Attach):
-            self._sharing.attached(header)
+            with self._engine.changed:
+                self._sharing.attached(header)
 
     def _hello(self, header: Hello) -> None:
         engine = self._engine

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from ps.errors import MalformedFrame, SharedMemoryError
+from ps.errors import MalformedFrame, SharedMemoryError, StalePlace
 from ps.shard import metrics
 from ps.wire.messages import Attach, Hello, Push
 from ps.wire.shared_memory import Segment
@@ -15,11 +15,15 @@ log = logging.getLogger(__name__)
 
 
 class Sharing:
-    """The server's side of one stream's shared memory; each greeting begins it anew."""
+    """The server's side of one stream's shared memory; each greeting begins it anew.
+
+    Several threads may close a stream: the caller serializes all calls but `payload`.
+    """
 
     def __init__(self) -> None:
         self._gradients: Segment | None = None
         self._published: Segment | None = None
+        self._greeting = -1
         #: The worker has proved that it sees what is published.
         self.ready = False
 
@@ -38,6 +42,7 @@ class Sharing:
             log.info("worker %d gets frames: %s", header.rank, error.message)
             return {}
         self._gradients, self._published = gradients, published
+        self._greeting = header.greeting
         return {"nonce": gradients.nonce, "shared": published.name, "shared_bytes": published.size}
 
     def attached(self, header: Attach) -> None:
@@ -57,14 +62,16 @@ class Sharing:
         """The gradient of a push: where its header says, or in the frame.
 
         Raises:
-            MalformedFrame: it names a place outside of what is shared.
+            StalePlace: the place is of an earlier greeting.
+            MalformedFrame: it is outside of what is shared.
         """
         if header.place < 0:
             return payload
-        if self._gradients is None or not self.ready:
-            raise MalformedFrame("push: a place in shared memory, where nothing is shared")
+        gradients = self._gradients
+        if gradients is None or not self.ready or header.greeting != self._greeting:
+            raise StalePlace(f"the place is one of greeting {header.greeting}, whose memory is not shared (any more)")
         try:
-            return self._gradients.view(header.place, header.place_bytes)
+            return gradients.view(header.place, header.place_bytes)
         except SharedMemoryError as error:
             raise MalformedFrame(f"push: {error.message}") from None
 
@@ -75,4 +82,4 @@ class Sharing:
         if self.ready:
             metrics.SHARED_STREAMS.dec()
         self._gradients = self._published = None
-        self.ready = False
+        self._greeting, self.ready = -1, False

@@ -48,6 +48,8 @@ class Hello(Fenced):
     #: The name of a segment of shared memory for gradients, and its bytes; empty: only frames.
     shared: str = ""
     shared_bytes: int = 0
+    #: Which greeting of this worker it is: places belong to one.
+    greeting: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Push(Fenced):
     #: Where the payload is, in bytes from the start of the worker's segment; -1: in this frame.
     place: int = -1
     place_bytes: int = 0
+    greeting: int = 0
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ STATUS: dict[type[errors.PsError], grpc.StatusCode] = {
     errors.WrongDtype: grpc.StatusCode.INVALID_ARGUMENT,
     errors.WrongLength: grpc.StatusCode.INVALID_ARGUMENT,
     errors.WrongHash: grpc.StatusCode.ABORTED,
+    errors.StalePlace: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ConflictingContribution: grpc.StatusCode.ALREADY_EXISTS,
     errors.VersionGone: grpc.StatusCode.OUT_OF_RANGE,
     errors.NotServing: grpc.StatusCode.UNAVAILABLE,

@@ -28,11 +28,13 @@ class Worker:
     def __init__(self, shard: Rig) -> None:
         self.shard = shard
         self.stream = Exchange(shard.engine, 1)
+        self.greetings = 0
         self.places = self.make_places()
 
     def make_places(self) -> SharedPlaces:
         shard = self.shard
-        return SharedPlaces(shard.engine.plan, 0, shard.dtype, shard.contributions)
+        self.greetings += 1
+        return SharedPlaces(shard.engine.plan, 0, shard.dtype, shard.contributions, self.greetings)
 
     def send(self, header: Any, payload: Any = b"") -> list[Any]:
         self.stream.receive(encode_frame(header, payload))
@@ -55,7 +57,11 @@ class Worker:
         assert room is not None
         place, array = room
         array[:] = np.frombuffer(payload, array.dtype)
-        (answer,) = self.send(replace(header, **{"place": place, "place_bytes": array.nbytes, **changes}))
+        (answer,) = self.send(
+            replace(
+                header, **{"place": place, "place_bytes": array.nbytes, "greeting": self.places.greeting, **changes}
+            )
+        )
         return answer
 
     def pull(self) -> list[tuple[Weights, memoryview]]:
@@ -213,15 +219,15 @@ def test_a_place_of_a_wrong_length_is_refused(shard: Rig, worker: Worker) -> Non
 def test_only_who_can_read_the_nonce_may_use_places(shard: Rig) -> None:
     worker = Worker(shard)
     header, _ = shard.push(0, shard.chunks[0])
-    placed = replace(header, place=0, place_bytes=64)
+    placed = replace(header, place=0, place_bytes=64, greeting=1)
     (refused,) = worker.send(placed)
-    assert refused.code == "MALFORMED_FRAME"
+    assert refused.code == "STALE_PLACE"
     welcome = worker.greet()
     assert welcome.nonce
     (refused,) = worker.send(Attach(**shard.who(), nonce=bytes(16)))
     assert refused.code == "MALFORMED_FRAME"
     (refused,) = worker.send(placed)
-    assert refused.code == "MALFORMED_FRAME"
+    assert refused.code == "STALE_PLACE"
     worker.places.close()
     worker.stream.close()
 
@@ -256,3 +262,13 @@ def test_a_push_keeps_its_place_out_of_the_key(shard: Rig, worker: Worker) -> No
     header, payload = shard.push(0, shard.chunks[0])
     assert isinstance(header, Push)
     assert worker.send(header, payload) == [Ack(1, 0, 0, True)]
+
+
+def test_a_place_of_an_earlier_greeting_is_not_one_of_this(shard: Rig, worker: Worker) -> None:
+    """A frame that was late would name memory that holds something else now."""
+    worker.places = worker.make_places()
+    worker.begin()
+    refused = worker.push(0, shard.chunks[0], greeting=1)
+    assert isinstance(refused, Refused)
+    assert refused.code == "STALE_PLACE"
+    assert shard.engine.protocol.held() == []
