@@ -36,6 +36,7 @@ from ps.telemetry.exporter import serve_metrics
 from ps.types import Role
 from ps.wire.health import Health, enable_reflection
 from ps.wire.options import bind, make_server, reachable
+from ps.wire.security import PLAIN, Security
 
 log = logging.getLogger(__name__)
 
@@ -49,14 +50,14 @@ WAIT_LOG_S = 10.0
 class CoordinatorApp:
     """One coordinator process."""
 
-    def __init__(self, config: RunConfig, job_json: str, listen: str) -> None:
+    def __init__(self, config: RunConfig, job_json: str, listen: str, security: Security = PLAIN) -> None:
         self._config = config
         self._ended = threading.Event()
         self._outcome: tuple[bool, str] = (True, "")
         #: Since when the run has been at which version.
         self._waited = (0.0, -1)
         self._server = make_server(MAX_SESSIONS)
-        port = bind(self._server, listen)
+        port = bind(self._server, listen, security)
         self._journal = Journal.open(config.run_dir / "journal")
         try:
             history = self._open_history()
@@ -85,7 +86,15 @@ class CoordinatorApp:
             f"{reachable(metrics_listen)}:{serve_metrics(metrics_listen)}" if metrics_listen else "",
         )
         self._effects = Effects(
-            self._machine, self._loop, self._sessions, self._journal, self._recorder, self._self, job_json, self._end
+            self._machine,
+            self._loop,
+            self._sessions,
+            self._journal,
+            self._recorder,
+            self._self,
+            job_json,
+            self._end,
+            security,
         )
         self._health = Health(self._server, SERVICE)
         enable_reflection(self._server, [pb.DESCRIPTOR.services_by_name["Coordinator"].full_name])
@@ -205,18 +214,19 @@ def state_of(manifest: Manifest) -> TrainingState:
     return TrainingState(manifest.version, manifest.applied, manifest.skipped, scaler)
 
 
-def run(config: RunConfig, job_json: str, listen: str) -> int:
+def run(config: RunConfig, job_json: str, listen: str, security: Security = PLAIN) -> int:
     """Run the coordinator until the end of the run; returns the exit code.
 
     Args:
         config: what the coordinator acts on of the job.
         job_json: the whole resolved job, which it hands to the other roles.
         listen: host:port; port 0 takes any.
+        security: its certificates, if any.
 
     Raises:
         PsError: why it could not start, or why the run could not go on; one line.
     """
-    app = CoordinatorApp(config, job_json, listen)
+    app = CoordinatorApp(config, job_json, listen, security)
     for number in (signal.SIGTERM, signal.SIGINT):
         name = signal.Signals(number).name
         signal.signal(number, lambda *_, name=name: app.stop(f"asked to stop ({name})"))
