@@ -14,8 +14,8 @@ from typing import Any
 
 from ps.client.transport import Connection, Transport
 from ps.errors import MalformedFrame
-from ps.telemetry.metrics import RECEIVED_BYTES, SENT_BYTES
-from ps.types import Fence
+from ps.telemetry.metrics import LinkBytes
+from ps.types import Fence, Role
 from ps.wire import frame
 from ps.wire.messages import Header, Hello, Weights, parse_to_worker
 
@@ -76,6 +76,7 @@ class Inbox:
 @dataclass
 class _Link:
     address: str
+    bytes: LinkBytes
     connection: Connection | None = None
     #: Counts connections, so that a closed one's last words are not taken for the present one's.
     life: int = 0
@@ -110,7 +111,7 @@ class ShardLinks:
                     life = link.life = link.life + 1
                     if link.connection is not None:
                         link.connection.close()
-                self._links[shard] = link = _Link(address, life=life)
+                self._links[shard] = link = _Link(address, LinkBytes(Role.SHARD, shard), life=life)
             self._greet(shard, link)
 
     def close(self) -> None:
@@ -131,10 +132,10 @@ class ShardLinks:
 
     def send(self, shard: int, encoded: bytes) -> None:
         """Send a frame; it is dropped while the stream is down."""
-        connection = self._links[shard].connection
-        if connection is not None:
-            SENT_BYTES.inc(len(encoded))
-            connection.send(encoded)
+        link = self._links[shard]
+        if link.connection is not None:
+            link.bytes.sent.inc(len(encoded))
+            link.connection.send(encoded)
 
     def done(self, received: Received) -> None:
         """A received chunk has been used: the next one may be read."""
@@ -186,7 +187,7 @@ class ShardLinks:
         link.window = window = threading.Semaphore(RECEIVE_WINDOW)
 
         def on_frame(data: bytes) -> None:
-            RECEIVED_BYTES.inc(len(data))
+            link.bytes.received.inc(len(data))
             try:
                 fields, payload = frame.decode(data)
                 header = parse_to_worker(fields)
