@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from ps.errors import Refusal
 from ps.telemetry.buckets import KERNEL_S
 from ps.telemetry.metrics import RECEIVED_BYTES, SENT_BYTES, STEP
 
@@ -18,6 +19,12 @@ REDUCED_ELEMENTS = Counter("windlass_reduced_elements", "Elements whose contribu
 APPLIED_ELEMENTS = Counter("windlass_applied_elements", "Elements that were updated")
 JOBS_WAITING = Gauge("windlass_kernel_jobs_waiting", "Kernel jobs that wait for a thread")
 SNAPSHOT_FAILURES = Counter("windlass_snapshot_failures", "Checkpoint files that could not be written")
+
+# From the start at zero: the first one is an increase as well.
+for _outcome in ("held", "duplicate"):
+    PUSHED_FRAMES.labels(_outcome)
+for _refusal in Refusal.__subclasses__():
+    REFUSED_FRAMES.labels(_refusal.code)
 
 __all__ = [
     "APPLIED_ELEMENTS",

@@ -56,7 +56,7 @@ def serve_metrics(listen: str) -> int:
     """
     host, _, port = listen.rpartition(":")
     # A gauge with the time of creation, next to each counter and histogram: nobody asks for it.
-    disable_created_metrics()
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Identified(REGISTRY))
     try:
