@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +42,14 @@ class Watched(NamedTuple):
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     require("prometheus")
     folder = tmp_path_factory.mktemp("prometheus")
-    job = tiny_job(folder, RUN, "training.steps=1000000", "evaluation.every_steps=20", "checkpoint.every_steps=50")
+    job = tiny_job(
+        folder,
+        RUN,
+        "training.steps=1000000",
+        "evaluation.every_steps=20",
+        "checkpoint.every_steps=50",
+        "membership.lease_s=3",
+    )
     with launched("train", folder / RUN, job) as run:
         run.wait_for_step(60)
         with prometheus(folder / "server", [folder / RUN / "targets.json"]) as server:
@@ -99,6 +108,24 @@ def test_every_rule_has_data_and_no_alert_fires(watched: Watched) -> None:
 
     eventually(healthy, DATA_S, "all rules to be evaluated")
     assert watched.prometheus.values('ALERTS{alertstate="firing"}') == []
+
+
+@pytest.mark.multiprocess
+def test_a_worker_that_hangs_is_an_alert_until_it_goes_on(watched: Watched) -> None:
+    """From the process to the alert; how long it has to last is promtool's to test."""
+
+    def state() -> list[str]:
+        found = watched.prometheus.values(f'ALERTS{{alertname="WindlassWorkerLost", run="{RUN}"}}')
+        return [labels["alertstate"] for labels, _ in found]
+
+    assert state() == []
+    pid = next(m["pid"] for m in watched.run.members() if (m["role"], m["rank"]) == ("worker", 1))
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        eventually(lambda: state() != [], DATA_S, "the alert")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    eventually(lambda: state() == [], DATA_S, "the end of the alert")
 
 
 def sides(rule: dict[str, Any]) -> list[str]:
