@@ -228,6 +228,11 @@ class RunConfig(Section):
         return self
 
     @property
+    def run_name(self) -> str:
+        """What metrics call the run: the name of its folder, which is what people know it by."""
+        return self.run_dir.name or "run"
+
+    @property
     def checkpoint_dir(self) -> Path:
         return self.checkpoint.dir or self.run_dir / "checkpoints"
 

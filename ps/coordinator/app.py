@@ -15,7 +15,6 @@ from pathlib import Path
 from protos.ps.v1 import coordinator_pb2 as pb
 from protos.ps.v1 import coordinator_pb2_grpc as pb_grpc
 from ps.config import RunConfig
-from ps.coordinator import metrics
 from ps.coordinator.decision import TrainingState
 from ps.coordinator.effects import Effects
 from ps.coordinator.history import History
@@ -23,6 +22,7 @@ from ps.coordinator.loop import Loop
 from ps.coordinator.loss_scaler import LossScaler
 from ps.coordinator.machine import Machine
 from ps.coordinator.members import MemberState
+from ps.coordinator.monitoring import Monitor
 from ps.coordinator.recorder import Recorder
 from ps.coordinator.recovery import Candidate
 from ps.coordinator.run import Phase
@@ -32,7 +32,7 @@ from ps.storage import layout
 from ps.storage.journal import Journal
 from ps.storage.manifest import Manifest, read_manifest
 from ps.telemetry import logs
-from ps.telemetry.exporter import serve_metrics
+from ps.telemetry.exporter import identify, serve_metrics
 from ps.types import Role
 from ps.wire.health import Health, enable_reflection
 from ps.wire.options import bind, make_server, reachable
@@ -71,10 +71,10 @@ class CoordinatorApp:
             raise
         self._sessions = Sessions()
         self._loop = Loop(self._after_each, self._failed)
-        self._recorder = Recorder(config.run_dir, history.run)
+        self._recorder = Recorder(config.run_dir, config.run_name)
         self._recorder.keep(history.recorded, set(history.evaluations))
-        if candidates:
-            metrics.CHECKPOINT_VERSION.set(max(candidate.state.version for candidate in candidates))
+        identify(config.run_name, Role.COORDINATOR, 0)
+        self._monitor = Monitor(config, history, candidates)
         metrics_listen = f"{config.telemetry.metrics_host}:0" if config.telemetry.metrics else None
         self._self = MemberState(
             Role.COORDINATOR,
@@ -156,16 +156,11 @@ class CoordinatorApp:
     def _after_each(self, now: float) -> None:
         self._machine.advance(now)
         self._effects.carry_out(self._machine.drain())
-        self._export(now)
+        self._monitor.look(self._machine)
+        self._say_waiting(now)
 
-    def _export(self, now: float) -> None:
+    def _say_waiting(self, now: float) -> None:
         machine = self._machine
-        metrics.WORKERS_LIVE.set(len(machine.members.live_workers()))
-        metrics.SHARDS_LIVE.set(machine.config.cluster.shards - len(machine.members.missing_shards()))
-        metrics.EPOCH.set(machine.fence.epoch)
-        metrics.TERM.set(machine.fence.term)
-        metrics.LOSS_SCALE.set(machine.state.scaler.scale)
-        metrics.APPLIED.set(machine.state.applied)
         since, version = self._waited[0], machine.state.version
         if version != self._waited[1] or machine.phase is Phase.ENDED:
             self._waited = (now, version)

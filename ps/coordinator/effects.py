@@ -322,8 +322,9 @@ def _export(line: dict[str, Any]) -> None:
     if line["kind"] == "evaluation":
         metrics.EVALUATION_LOSS.set(math.nan if line["loss"] is None else line["loss"])
         return
-    metrics.STEP.set(line["step"] + 1)
     metrics.SKIPPED.inc(int(line["skipped"]))
+    if not line["skipped"]:
+        metrics.COMMIT_TIME.set_to_current_time()
     metrics.TOKENS.inc(line["tokens"])
     metrics.LEARNING_RATE.set(line["learning_rate"])
     for gauge, key in ((metrics.LOSS, "loss"), (metrics.GRADIENT_NORM, "gradient_norm")):
@@ -331,3 +332,9 @@ def _export(line: dict[str, Any]) -> None:
             gauge.set(line[key])
     if line["step_seconds"] is not None:
         metrics.STEP_SECONDS.observe(line["step_seconds"])
+        rest = line["step_seconds"]
+        for phase in ("compute", "push", "pull"):
+            seconds = line[f"{phase}_seconds"] or 0.0
+            metrics.PHASE_SECONDS.labels(phase).inc(seconds)
+            rest -= seconds
+        metrics.PHASE_SECONDS.labels("rest").inc(max(0.0, rest))

@@ -17,6 +17,7 @@ from protos.ps.v1 import coordinator_pb2_grpc as pb_grpc
 from ps.coordinator.loop import Loop
 from ps.coordinator.machine import Machine
 from ps.coordinator.members import MemberState
+from ps.coordinator.monitoring import count_contribution
 from ps.coordinator.status import status
 from ps.errors import MismatchError, PeerUnavailable, PsError
 from ps.types import Applied, Fence, ParameterTable, Prepared, Role
@@ -214,6 +215,7 @@ def _contributed(machine: Machine, member: MemberState, event: pb.Contributed, _
         event.push_s,
         event.pull_s,
     )
+    count_contribution(member.rank, event.compute_s, event.push_s, event.pull_s)
 
 
 def _leave(machine: Machine, member: MemberState, _event: pb.Leave, now: float) -> None:

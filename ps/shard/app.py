@@ -20,8 +20,8 @@ from ps.shard.engine import Outbox, ShardEngine
 from ps.shard.service import SERVICE, ShardHost, ShardServicer
 from ps.shard.snapshot import SnapshotTarget
 from ps.storage.shard_file import ShardFile
-from ps.telemetry.exporter import serve_metrics
-from ps.types import Applied, Decision, Fence, Prepared
+from ps.telemetry.exporter import identify, serve_metrics
+from ps.types import Applied, Decision, Fence, Prepared, Role
 from ps.wire.health import Health, enable_reflection
 from ps.wire.options import bind, make_server, reachable
 from ps.wire.proto import from_proto, to_proto
@@ -75,6 +75,7 @@ class ShardApp:
             response = self._session.register(start_timeout_s)
             self._registered = True
             config = from_json(RunConfig, response.job)
+            identify(config.run_name, Role.SHARD, self._host.index)
             warm_up(Update(config.optimizer, config.precision.wire), config.precision.wire)
             self._session.start()
             self._wait()

@@ -11,10 +11,11 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ps.errors import MalformedFrame, Refusal, StaleFence, VersionGone
+from ps.errors import ConflictingContribution, MalformedFrame, Refusal, StaleFence, VersionGone
 from ps.shard import metrics
 from ps.shard.engine import ShardEngine
-from ps.types import Fence
+from ps.telemetry.metrics import LinkBytes
+from ps.types import Fence, Role
 from ps.wire import frame
 from ps.wire.messages import (
     Ack,
@@ -50,6 +51,8 @@ class Exchange:
         self._outbox: deque[bytes] = deque()
         self._cursor: _Cursor | None = None
         self._closed = False
+        #: Until the worker has said who it is.
+        self._bytes = LinkBytes(Role.WORKER, -1)
 
     def close(self) -> None:
         """End `replies`; what was received stays."""
@@ -59,7 +62,7 @@ class Exchange:
 
     def receive(self, data: bytes) -> None:
         """Take one frame. A refusal is answered, never raised."""
-        metrics.RECEIVED_BYTES.inc(len(data))
+        self._bytes.received.inc(len(data))
         header: Header | None = None
         try:
             fields, payload = frame.decode(data)
@@ -85,6 +88,7 @@ class Exchange:
         with engine.changed:
             self._cursor = None
             engine.protocol.check(header)
+            self._bytes = LinkBytes(Role.WORKER, header.rank)
             if header.plan != engine.plan.digest:
                 raise MalformedFrame(
                     f"the worker's plan {header.plan[:12]} is not this shard's {engine.plan.digest[:12]}"
@@ -109,6 +113,8 @@ class Exchange:
 
     def _refuse(self, refusal: Refusal, header: Header | None) -> None:
         metrics.REFUSED_FRAMES.labels(refusal.code).inc()
+        if isinstance(refusal, ConflictingContribution):
+            metrics.CONFLICTS.inc()
         numbers = [getattr(header, name, -1) for name in ("step", "contribution", "chunk")]
         log.info("refused %s: %s", header.kind if header is not None else "a frame", refusal.message)
         self._reply(Refused(refusal.code, refusal.message[:1000], *numbers))
@@ -131,7 +137,7 @@ class Exchange:
                     reply = self._next()
             if reply is None:
                 return
-            metrics.SENT_BYTES.inc(len(reply))
+            self._bytes.sent.inc(len(reply))
             yield reply
 
     def _next(self) -> bytes | None:

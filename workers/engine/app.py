@@ -20,7 +20,8 @@ from ps.config import from_json
 from ps.kernels.compile import warm_up_worker
 from ps.sharding import make_plan
 from ps.telemetry import logs
-from ps.telemetry.exporter import serve_metrics
+from ps.telemetry.exporter import identify, serve_metrics
+from ps.types import Role
 from ps.wire.health import Health, enable_reflection
 from ps.wire.options import bind, make_server, reachable
 from ps.wire.security import PLAIN, Security
@@ -141,6 +142,7 @@ def join(
     response = session.register(start_timeout_s)
     logs.bind(rank=int(response.rank))
     job = from_json(JobConfig, response.job)
+    identify(job.run_name, Role.WORKER, int(response.rank))
     session.doing("loading the data and the model")
     data = prepare(job.data)
     worker, client, message = _build(
