@@ -41,6 +41,11 @@ Overrides = Annotated[
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 RunOrCheckpoint = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint in one.")]
 
+TokenizerFile = Annotated[
+    Path | None,
+    typer.Option("--tokenizer", metavar="FILE", help="A tokenizer.json. Default: the one in the run folder."),
+]
+
 
 def require_worker_extra(who: str) -> None:
     """Say how to install what only workers need, before anything fails on its absence.

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ps.errors import ConfigError, PsError
-from workers.cli import inspect, roles, train
+from workers.cli import export, inspect, roles, train
 from workers.launch.processes import ERROR_PREFIX
 
 # The root of "wrong usage" in whichever click this typer brings.
@@ -29,6 +29,7 @@ _COMMANDS: tuple[Callable[..., int], ...] = (
     inspect.evaluate,
     inspect.sample,
     inspect.digest,
+    export.export,
     train.prepare,
     roles.coordinator,
     roles.shard,
