@@ -77,8 +77,8 @@ def keep_where_the_run_is(job: JobConfig, data: PreparedData) -> None:
     try:
         if folder.holds_run() and folder.read_job() == job:
             keep(folder.path, data)
-    except PsError as error:
-        log.warning("the tokenizer is not kept in the run folder: %s", error.message)
+    except (PsError, OSError) as error:
+        log.warning("the tokenizer is not kept in the run folder %s: %s", folder.path, error)
 
 
 def find(path: Path, checkpoint: Path, manifest: Manifest, tokenizer: Path | None = None) -> Vocabulary:
@@ -108,7 +108,7 @@ def find(path: Path, checkpoint: Path, manifest: Manifest, tokenizer: Path | Non
     except PsError as error:
         raise DataError(
             f"{folders[0]} holds no {TOKENIZER_NAME}, and it cannot be made again from the text: {error.message}; "
-            f"name a copy with --tokenizer FILE"
+            f"`sample` and `export` take a copy with --tokenizer FILE"
         ) from None
     facts = _facts_of(data)
     return Vocabulary(data.tokenizer_path, facts.vocab_size, facts.first_token, facts)

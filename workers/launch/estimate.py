@@ -16,9 +16,9 @@ from workers.models.shapes import flops_per_token, parameter_table, saved_elemen
 
 MB = 1_000_000
 #: Resident memory of an idle process of each role: Python, numba, gRPC; torch 2.13 for the CPU in a worker.
-IDLE_COORDINATOR = 120 * MB
+IDLE_COORDINATOR = 82 * MB
 IDLE_SHARD = 200 * MB
-IDLE_WORKER = 400 * MB
+IDLE_WORKER = 410 * MB
 #: A shard's messages on their way, above what it holds, per parameter.
 SHARD_TRANSIT = 0.8
 #: Contributions that a shard keeps as received; more are folded into a float64 sum, so many at a time.

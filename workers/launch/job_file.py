@@ -10,13 +10,12 @@ from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 _COMMENT_WIDTH = 100
 #: How the bounds of a number read.
-_BOUNDS = ((Ge, "ge", "at least"), (Gt, "gt", "more than"), (Le, "le", "at most"), (Lt, "lt", "less than"))
+_BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 
 @dataclass(frozen=True)
@@ -145,9 +144,9 @@ def _choices(annotation: Any) -> Iterator[str]:
 
 def _bounds(field: FieldInfo) -> str:
     found = [
-        f"{words} {getattr(bound, attribute)}"
-        for kind, attribute, words in _BOUNDS
-        for bound in field.metadata
-        if isinstance(bound, kind)
+        f"{words} {bound}"
+        for name, words in _BOUNDS.items()
+        for constraint in field.metadata
+        if (bound := getattr(constraint, name, None)) is not None
     ]
     return ", ".join(found)
