@@ -89,7 +89,7 @@ def generation_config(end_of_text: int) -> dict[str, Any]:
 def tokenizer_config(sequence_length: int) -> dict[str, Any]:
     """Return tokenizer_config.json: what is in tokenizer.json is used as it is."""
     return {
-        # A Llama model's own class would put Llama's pre-tokenizer in the place of ours.
+        # Named, because what is chosen for a Llama model otherwise differs between versions.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": sequence_length,
         "bos_token": END_OF_TEXT,
