@@ -116,6 +116,7 @@ class OptimizerConfig(Section):
     betas: tuple[Probability, Probability] = (0.9, 0.95)
     """Adam's decay rates of the first and second moment."""
     eps: Positive = 1e-8
+    """Adam's, added to the root of the second moment."""
     weight_decay: NonNegative = 0.1
     """For matrices; norms, biases and embeddings have none unless `decay_all`."""
     decay_all: bool = False

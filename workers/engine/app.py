@@ -28,6 +28,7 @@ from ps.wire.security import PLAIN, Security
 from ps.wire.session import Session
 from workers.config import JobConfig
 from workers.data.batches import HeldOut, TokenBatches
+from workers.data.kept import keep_where_the_run_is
 from workers.data.prepare import PreparedData, prepare
 from workers.engine import device
 from workers.engine.compute import Contributor
@@ -188,7 +189,7 @@ def _build(
         accumulate_fp16,
     )
     client = ParameterClient(transport, inbox, int(session.member.rank), incarnation, table, flat)
-    worker = Worker(session, inbox, client, contributor, slots, wire)
+    worker = Worker(session, inbox, client, contributor, slots, wire, partial(keep_where_the_run_is, job, data))
     log.info("%d parameters in %s on %s", table.num_parameters, dtype, chosen)
     message = pb.Model(table=table.packed(), data_digest=data.digest, evaluation_parts=contributions)
     return worker, client, message

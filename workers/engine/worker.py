@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from protos.ps.v1 import coordinator_pb2 as pb
@@ -60,13 +61,22 @@ class Worker:
         contributor: Contributor,
         slots: int,
         wire: WireDtype,
+        on_work: Callable[[], None] = lambda: None,
     ) -> None:
+        """Tie the parts together.
+
+        Args:
+            on_work: called before the first contribution: by then the coordinator has found model and data
+                to be the run's.
+        """
         self._session = session
         self._inbox = inbox
         self._client = client
         self._contributor = contributor
         self._slots = slots
         self._wire = wire
+        self._on_work = on_work
+        self._has_worked = False
         self._fence = Fence(0, 0)
         self._work: Work | None = None
         self._spent: dict[int, Spent] = {}
@@ -231,6 +241,9 @@ class Worker:
         self._note_pulled()
         self._session.doing(f"step {work.step}: computing contribution {contribution}")
         self._client.forget_buffer()
+        if not self._has_worked:
+            self._has_worked = True
+            self._on_work()
         if self._is_fresh:
             # Preparing the data, sending initial values: none of it comes again.
             self._is_fresh = False

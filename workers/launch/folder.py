@@ -2,6 +2,8 @@
 
 config.json          the resolved job
 metrics.jsonl        a line per step and per evaluation
+tokenizer.json       the tokenizer, kept by a worker that has the folder (workers.data.kept)
+data.json            what else must be known of the text
 cluster.json         who serves where, rewritten by the coordinator at each change
 targets.json         the same for Prometheus (file_sd)
 logs/<role>-<rank>.log
