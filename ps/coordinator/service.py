@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -78,12 +79,15 @@ class Sessions:
 class CoordinatorServicer(pb_grpc.CoordinatorServicer):
     """Thin handlers: every fact goes to the loop's thread."""
 
-    def __init__(self, loop: Loop, machine: Machine, sessions: Sessions, run: str, job_json: str) -> None:
+    def __init__(
+        self, loop: Loop, machine: Machine, sessions: Sessions, run: str, job_json: str, myself: common_pb2.Member
+    ) -> None:
         self._loop = loop
         self._machine = machine
         self._sessions = sessions
         self._run = run
         self._job_json = job_json
+        self._myself = myself
 
     def Register(self, request: pb.RegisterRequest, context: grpc.ServicerContext) -> pb.RegisterResponse:
         try:
@@ -99,7 +103,7 @@ class CoordinatorServicer(pb_grpc.CoordinatorServicer):
         )
 
     def Status(self, _request: pb.StatusRequest, _context: grpc.ServicerContext) -> pb.StatusResponse:
-        return self._loop.call(lambda now: status(self._machine, now))
+        return self._loop.call(lambda now: status(self._machine, self._myself, now, time.time()))
 
     def Session(
         self, requests: Iterator[pb.SessionRequest], context: grpc.ServicerContext

@@ -3,9 +3,50 @@
 from __future__ import annotations
 
 import math
+from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 from ps.types import Decision
+
+#: Speed is measured over this many steps.
+SPEED_WINDOW = 20
+
+
+@dataclass(frozen=True)
+class Spent:
+    """One contribution, and where its time went."""
+
+    step: int
+    contribution: int
+    compute_s: float
+    push_s: float
+    pull_s: float
+
+
+class Speed:
+    """How fast the last steps were, and what the last one took."""
+
+    def __init__(self) -> None:
+        self._recent: deque[tuple[float, int]] = deque(maxlen=SPEED_WINDOW)
+        #: The last step's line of metrics.jsonl; empty: there was none.
+        self.last: dict[str, Any] = {}
+
+    def note(self, line: dict[str, Any]) -> None:
+        """A step was closed, with this line."""
+        self.last = line
+        if line["step_seconds"] is not None:
+            self._recent.append((line["step_seconds"], line["tokens"]))
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        seconds = sum(seconds for seconds, _ in self._recent)
+        return sum(tokens for _, tokens in self._recent) / seconds if seconds > 0 else None
+
+    def left_s(self, steps: int) -> float | None:
+        """Seconds that so many steps will take."""
+        seconds = sum(seconds for seconds, _ in self._recent)
+        return max(0, steps) * seconds / len(self._recent) if seconds > 0 else None
 
 
 class Timings:
