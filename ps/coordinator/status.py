@@ -71,6 +71,7 @@ def _member(machine: Machine, member: MemberState, now: float) -> pb.MemberStatu
         last_seen_s=max(0.0, now - member.last_seen),
         doing=member.doing,
         since_s=max(0.0, now - member.since),
+        state=_state(member),
         restarts=machine.members.restarts(member.role, member.rank),
         last=pb.Contributed(
             step=spent.step,
@@ -82,6 +83,12 @@ def _member(machine: Machine, member: MemberState, now: float) -> pb.MemberStatu
         if spent is not None
         else None,
     )
+
+
+def _state(member: MemberState) -> str:
+    if member.live:
+        return "live"
+    return "lost" if member.met and (member.ready or not member.connected) else "starting"
 
 
 def _wait(wait: Wait) -> pb.Wait:

@@ -12,6 +12,7 @@ import typer
 
 from ps.errors import ConfigError, PsError
 from workers.cli import inspect, roles, train
+from workers.cli import status as status_command
 from workers.launch.processes import ERROR_PREFIX
 
 # The root of "wrong usage" in whichever click this typer brings.
@@ -29,6 +30,7 @@ _COMMANDS: tuple[Callable[..., int], ...] = (
     inspect.evaluate,
     inspect.sample,
     inspect.digest,
+    status_command.status,
     train.prepare,
     roles.coordinator,
     roles.shard,

@@ -62,7 +62,7 @@ def _launch(job: JobConfig, resume: bool) -> int:
     require_worker_extra("training")
     logging.getLogger("workers").addHandler(logging.NullHandler())
     folder = RunFolder(job.run_dir)
-    display = choose_display(sys.stdout, job.launch.progress_every_steps)
+    display = choose_display(sys.stdout, job.launch.progress_every_steps, str(folder.path))
     command = RoleCommands(job, folder.config, resume)
     launcher = Launcher(job, folder, command, windlass("prepare", str(folder.config)), display)
     started = time.monotonic()

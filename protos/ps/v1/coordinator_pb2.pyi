@@ -282,7 +282,7 @@ class Wait(_message.Message):
     def __init__(self, role: _Optional[str] = ..., rank: _Optional[int] = ..., what: _Optional[str] = ..., since_s: _Optional[float] = ..., last_seen_s: _Optional[float] = ...) -> None: ...
 
 class MemberStatus(_message.Message):
-    __slots__ = ("member", "live", "last_seen_s", "doing", "since_s", "restarts", "last")
+    __slots__ = ("member", "live", "last_seen_s", "doing", "since_s", "restarts", "last", "state")
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     LIVE_FIELD_NUMBER: _ClassVar[int]
     LAST_SEEN_S_FIELD_NUMBER: _ClassVar[int]
@@ -290,6 +290,7 @@ class MemberStatus(_message.Message):
     SINCE_S_FIELD_NUMBER: _ClassVar[int]
     RESTARTS_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
     member: _common_pb2.Member
     live: bool
     last_seen_s: float
@@ -297,4 +298,5 @@ class MemberStatus(_message.Message):
     since_s: float
     restarts: int
     last: Contributed
-    def __init__(self, member: _Optional[_Union[_common_pb2.Member, _Mapping]] = ..., live: bool = ..., last_seen_s: _Optional[float] = ..., doing: _Optional[str] = ..., since_s: _Optional[float] = ..., restarts: _Optional[int] = ..., last: _Optional[_Union[Contributed, _Mapping]] = ...) -> None: ...
+    state: str
+    def __init__(self, member: _Optional[_Union[_common_pb2.Member, _Mapping]] = ..., live: bool = ..., last_seen_s: _Optional[float] = ..., doing: _Optional[str] = ..., since_s: _Optional[float] = ..., restarts: _Optional[int] = ..., last: _Optional[_Union[Contributed, _Mapping]] = ..., state: _Optional[str] = ...) -> None: ...
