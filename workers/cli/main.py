@@ -11,8 +11,7 @@ from typing import Annotated
 import typer
 
 from ps.errors import ConfigError, PsError
-from workers.cli import inspect, roles, train
-from workers.cli import status as status_command
+from workers.cli import inspect, plot, roles, status, train
 from workers.launch.processes import ERROR_PREFIX
 
 # The root of "wrong usage" in whichever click this typer brings.
@@ -30,7 +29,8 @@ _COMMANDS: tuple[Callable[..., int], ...] = (
     inspect.evaluate,
     inspect.sample,
     inspect.digest,
-    status_command.status,
+    status.status,
+    plot.plot,
     train.prepare,
     roles.coordinator,
     roles.shard,
