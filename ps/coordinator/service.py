@@ -206,7 +206,9 @@ def _evaluated(machine: Machine, _member: MemberState, event: pb.Evaluated, _now
 
 
 def _contributed(machine: Machine, member: MemberState, event: pb.Contributed, _now: float) -> None:
-    machine.steps.contributed(member.rank, event.step, event.contribution, event.compute_s, event.push_s, event.pull_s)
+    machine.steps.contributed(
+        member.rank, event.step, event.contribution, event.compute_s, event.push_s, event.pull_s, event.wait_s
+    )
 
 
 def _leave(machine: Machine, member: MemberState, _event: pb.Leave, now: float) -> None:

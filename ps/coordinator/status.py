@@ -51,6 +51,7 @@ def status(machine: Machine, myself: common_pb2.Member, now: float, wall_now: fl
         compute_s=speed.last.get("compute_seconds"),
         push_s=speed.last.get("push_seconds"),
         pull_s=speed.last.get("pull_seconds"),
+        wait_s=speed.last.get("wait_seconds"),
         left_s=speed.left_s(machine.config.training.end - machine.state.version),
         contributions=machine.history.contributions,
         slots=machine.config.batch.micro_batches_per_step,
@@ -79,6 +80,7 @@ def _member(machine: Machine, member: MemberState, now: float) -> pb.MemberStatu
             compute_s=spent.compute_s,
             push_s=spent.push_s,
             pull_s=spent.pull_s,
+            wait_s=spent.wait_s,
         )
         if spent is not None
         else None,

@@ -50,13 +50,20 @@ class Steps:
             self._applied[report.shard] = report
 
     def contributed(
-        self, rank: int, step: int, contribution: int, compute_s: float, push_s: float, pull_s: float
+        self,
+        rank: int,
+        step: int,
+        contribution: int,
+        compute_s: float,
+        push_s: float,
+        pull_s: float,
+        wait_s: float = 0.0,
     ) -> None:
         """Every shard holds a whole contribution."""
-        self.spent[rank] = Spent(step, contribution, compute_s, push_s, pull_s)
+        self.spent[rank] = Spent(step, contribution, compute_s, push_s, pull_s, wait_s)
         if step == self._run.state.version:
             self.dealing.finish(contribution)
-            self._timings.add(rank, compute_s, push_s, pull_s)
+            self._timings.add(rank, compute_s, push_s, pull_s, wait_s)
 
     def evaluated(self, version: int, part: int, loss_sum: float, tokens: int, num_bytes: int) -> None:
         if self.evaluation is not None and self.evaluation.version == version:

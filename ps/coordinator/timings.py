@@ -22,6 +22,8 @@ class Spent:
     compute_s: float
     push_s: float
     pull_s: float
+    #: The part of `pull_s` before the first of the weights came.
+    wait_s: float = 0.0
 
 
 class Speed:
@@ -55,9 +57,9 @@ class Timings:
     def __init__(self) -> None:
         self._by_rank: dict[int, list[float]] = {}
 
-    def add(self, rank: int, compute_s: float, push_s: float, pull_s: float) -> None:
-        sums = self._by_rank.setdefault(rank, [0.0, 0.0, 0.0])
-        for index, seconds in enumerate((compute_s, push_s, pull_s)):
+    def add(self, rank: int, compute_s: float, push_s: float, pull_s: float, wait_s: float = 0.0) -> None:
+        sums = self._by_rank.setdefault(rank, [0.0, 0.0, 0.0, 0.0])
+        for index, seconds in enumerate((compute_s, push_s, pull_s, wait_s)):
             sums[index] += seconds
 
     def _slowest(self, index: int) -> float | None:
@@ -77,6 +79,7 @@ class Timings:
             "step_seconds": round(step_s, 6) if step_s is not None else None,
             "push_seconds": self._slowest(1),
             "pull_seconds": self._slowest(2),
+            "wait_seconds": self._slowest(3),
             "compute_seconds": self._slowest(0),
         }
 

@@ -95,7 +95,10 @@ def test_status_of_a_run_folder_and_of_an_address(run: LaunchedRun) -> None:
         assert found["seconds_left"] > 0
         assert [m["pid"] for m in found["members"]] == [m["pid"] for m in members]
         assert {m["state"] for m in found["members"]} == {"live"}
-        assert found["members"][-1]["last_contribution"]["compute_s"] > 0
+        spent = found["members"][-1]["last_contribution"]
+        assert spent["compute_s"] > 0
+        assert 0 < spent["wait_s"] <= spent["pull_s"]
+        assert 0 < found["wait_s"] <= found["pull_s"] <= 10
         assert found["members"][-1]["metrics_address"] == members[-1]["metrics_address"]
 
 

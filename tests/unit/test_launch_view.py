@@ -43,6 +43,7 @@ MESSAGE = pb.StatusResponse(
     compute_s=0.912,
     push_s=0.04,
     pull_s=0.1,
+    wait_s=0.08,
     checkpoint=800,
     checkpoint_age_s=12,
     up_s=3723,
@@ -65,7 +66,7 @@ MESSAGE = pb.StatusResponse(
             since_s=3690,
             last_seen_s=0.2,
             doing="step 812: pushed, waiting for the decision",
-            last=pb.Contributed(step=811, contribution=0, compute_s=0.912, push_s=0.0412, pull_s=0.1),
+            last=pb.Contributed(step=811, contribution=0, compute_s=0.912, push_s=0.0412, pull_s=0.1, wait_s=0.09),
         ),
         pb.MemberStatus(
             member=common_pb2.Member(role="worker", rank=1, pid=14, host="node-2"),
@@ -99,7 +100,7 @@ def test_a_wide_terminal_shows_everything(snapshot: Snapshot) -> None:
         "812/5,000  12:34 left",
         "loss 3.2146  held-out 3.5000 at 800  lr 1.20e-03  gradient norm 0.834  loss scale 65,536  skipped 2",
         "tokens/s 12,346",
-        "step 1.23 s  compute 912 ms  push 40 ms  pull 100 ms  C 2  G 8  checkpoint 800, 0:12 ago",
+        "step 1.23 s  compute 912 ms  push 40 ms  pull 100 ms (80 ms waiting)  C 2  G 8  checkpoint 800, 0:12 ago",
         "waiting for worker 1 (contribution 1) since 6.2 s, last seen 4.4 s ago",
     ):
         assert words in text, words
@@ -133,11 +134,11 @@ def test_no_line_is_wider_than_the_terminal(snapshot: Snapshot, width: int) -> N
 
 def test_columns_go_in_the_order_of_need(snapshot: Snapshot) -> None:
     heads = [
-        next(line.split() for line in draw(snapshot, width) if "state" in line) for width in (130, 100, 80, 45, 30)
+        next(line.split() for line in draw(snapshot, width) if "state" in line) for width in (140, 105, 80, 45, 30)
     ]
     assert heads == [
-        ["state", "seen", "compute", "push", "pull", "restarts", "process", "metrics", "doing"],
-        ["state", "seen", "compute", "push", "pull", "restarts", "doing"],
+        ["state", "seen", "compute", "push", "pull", "waiting", "restarts", "process", "metrics", "doing"],
+        ["state", "seen", "compute", "push", "pull", "waiting", "restarts", "doing"],
         ["state", "seen", "restarts", "doing"],
         ["state", "seen"],
         ["state"],
@@ -166,7 +167,7 @@ def test_a_low_terminal_keeps_who_is_in_trouble(snapshot: Snapshot) -> None:
 
 def test_short_waits_are_not_shown(snapshot: Snapshot) -> None:
     wait = WaitSnapshot("worker", 0, "contribution 0", 0.4, 0.1)
-    assert "waiting" not in "\n".join(draw(replace(snapshot, waits=(wait,)), 60))
+    assert "waiting for" not in "\n".join(draw(replace(snapshot, waits=(wait,)), 60))
     waits = tuple(WaitSnapshot("shard", shard, "to come", 5.0 + shard, None) for shard in range(5))
     text = "\n".join(draw(replace(snapshot, waits=waits), 120))
     assert "waiting for shard 4 (to come) since 9.0 s, never seen" in text
@@ -228,6 +229,7 @@ def test_json_is_plain_and_has_null_for_what_is_not_known(snapshot: Snapshot) ->
         "compute_s": 0.912,
         "push_s": 0.0412,
         "pull_s": 0.1,
+        "wait_s": 0.09,
     }
     assert found["waits"] == [
         {"role": "worker", "rank": 1, "what": "contribution 1", "since_s": 6.25, "last_seen_s": 4.4}

@@ -25,6 +25,8 @@ class Spent:
     compute_s: float
     push_s: float
     pull_s: float
+    #: The part of `pull_s` before the first of the weights came.
+    wait_s: float
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Snapshot:
     compute_s: float | None
     push_s: float | None
     pull_s: float | None
+    wait_s: float | None
     checkpoint_version: int | None
     checkpoint_age_s: float | None
     up_s: float | None
@@ -134,6 +137,7 @@ def starting(progress: Progress, run_dir: str) -> Snapshot:
         compute_s=None,
         push_s=None,
         pull_s=None,
+        wait_s=None,
         checkpoint_version=None,
         checkpoint_age_s=None,
         up_s=None,
@@ -170,6 +174,7 @@ def from_message(message: pb.StatusResponse) -> Snapshot:
         compute_s=_optional(message, "compute_s"),
         push_s=_optional(message, "push_s"),
         pull_s=_optional(message, "pull_s"),
+        wait_s=_optional(message, "wait_s"),
         checkpoint_version=message.checkpoint if message.checkpoint >= 0 else None,
         checkpoint_age_s=_optional(message, "checkpoint_age_s"),
         up_s=message.up_s,
@@ -181,7 +186,7 @@ def from_message(message: pb.StatusResponse) -> Snapshot:
 
 def _member(message: pb.MemberStatus) -> MemberSnapshot:
     last, who = message.last, message.member
-    spent = Spent(last.step, last.contribution, last.compute_s, last.push_s, last.pull_s)
+    spent = Spent(last.step, last.contribution, last.compute_s, last.push_s, last.pull_s, last.wait_s)
     return MemberSnapshot(
         who.role,
         who.rank,

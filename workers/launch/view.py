@@ -32,7 +32,7 @@ _NEED = (
     ("seen",),
     ("doing",),
     ("restarts",),
-    ("compute", "push", "pull"),
+    ("compute", "push", "pull", "waiting"),
     ("process",),
     ("metrics",),
 )
@@ -140,6 +140,8 @@ def _times(snapshot: Snapshot) -> list[Text]:
         ("pull", snapshot.pull_s),
     )
     items = [_item(label, _seconds(value)) for label, value in times if value is not None]
+    if items and snapshot.wait_s is not None:
+        items[-1].append(f" ({_seconds(snapshot.wait_s)} waiting)", style="dim")
     if snapshot.contributions:
         items.append(_item("C", str(snapshot.contributions)))
         items.append(_item("G", str(snapshot.micro_batches)))
@@ -243,9 +245,10 @@ def _columns(members: Sequence[MemberSnapshot]) -> dict[str, _Column]:
         "member": _Column("", [Text(member.name, style="bold") for member in members]),
         "state": _Column("state", [_state(member) for member in members], least=len("starting 0:00")),
         "seen": _Column("seen", [Text(seen(member)) for member in members], least=7, right=True),
-        "compute": _Column("compute", spent("compute_s"), least=8, right=True),
-        "push": _Column("push", spent("push_s"), least=8, right=True),
-        "pull": _Column("pull", spent("pull_s"), least=8, right=True),
+        "compute": _Column("compute", spent("compute_s"), least=7, right=True),
+        "push": _Column("push", spent("push_s"), least=7, right=True),
+        "pull": _Column("pull", spent("pull_s"), least=7, right=True),
+        "waiting": _Column("waiting", spent("wait_s"), least=7, right=True),
         "restarts": _Column(
             "restarts", [Text(str(m.restarts or ""), style="yellow") for m in members], least=8, right=True
         ),

@@ -11,7 +11,9 @@ from workers.launch.snapshot import Snapshot, from_message
 
 #: Between two questions.
 EVERY_S = 0.5
-ANSWER_S = 5.0
+#: An answer that takes longer is given up.
+ANSWER_S = 2.0
+CLOSE_S = 0.5
 #: A coordinator that has said nothing for so long is shown as silent: it is asked often, and answers at once.
 SILENT_S = 2.0
 
@@ -49,8 +51,9 @@ class Watcher:
             return time.monotonic() - self._heard_at
 
     def close(self) -> None:
+        """Ask no more; a question that is under way is given up, or ends with the process."""
         self._closing.set()
-        self._thread.join(ANSWER_S)
+        self._thread.join(CLOSE_S)
 
     def _run(self) -> None:
         quiet_grpc()
@@ -60,7 +63,7 @@ class Watcher:
         with StatusClient(self._address) as client:
             while not self._closing.is_set():
                 try:
-                    snapshot = from_message(client.ask(min(ANSWER_S, SILENT_S)))
+                    snapshot = from_message(client.ask(ANSWER_S))
                     with self._lock:
                         self._latest, self._heard_at = snapshot, time.monotonic()
                 except PsError:

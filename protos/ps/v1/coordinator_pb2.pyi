@@ -116,18 +116,20 @@ class Evaluated(_message.Message):
     def __init__(self, version: _Optional[int] = ..., part: _Optional[int] = ..., loss_sum: _Optional[float] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class Contributed(_message.Message):
-    __slots__ = ("step", "contribution", "compute_s", "push_s", "pull_s")
+    __slots__ = ("step", "contribution", "compute_s", "push_s", "pull_s", "wait_s")
     STEP_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTION_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
     PUSH_S_FIELD_NUMBER: _ClassVar[int]
     PULL_S_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
     step: int
     contribution: int
     compute_s: float
     push_s: float
     pull_s: float
-    def __init__(self, step: _Optional[int] = ..., contribution: _Optional[int] = ..., compute_s: _Optional[float] = ..., push_s: _Optional[float] = ..., pull_s: _Optional[float] = ...) -> None: ...
+    wait_s: float
+    def __init__(self, step: _Optional[int] = ..., contribution: _Optional[int] = ..., compute_s: _Optional[float] = ..., push_s: _Optional[float] = ..., pull_s: _Optional[float] = ..., wait_s: _Optional[float] = ...) -> None: ...
 
 class Leave(_message.Message):
     __slots__ = ("reason",)
@@ -206,7 +208,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("run", "fence", "phase", "version", "applied", "steps", "loss", "evaluation_loss", "loss_scale", "learning_rate", "gradient_norm", "members", "waiting_for", "checkpoint", "waits", "tokens_per_s", "step_s", "compute_s", "push_s", "pull_s", "left_s", "skipped", "contributions", "slots", "checkpoint_age_s", "evaluation_version", "up_s", "coordinator", "run_dir")
+    __slots__ = ("run", "fence", "phase", "version", "applied", "steps", "loss", "evaluation_loss", "loss_scale", "learning_rate", "gradient_norm", "members", "waiting_for", "checkpoint", "waits", "tokens_per_s", "step_s", "compute_s", "push_s", "pull_s", "left_s", "skipped", "contributions", "slots", "checkpoint_age_s", "evaluation_version", "up_s", "coordinator", "run_dir", "wait_s")
     RUN_FIELD_NUMBER: _ClassVar[int]
     FENCE_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
@@ -236,6 +238,7 @@ class StatusResponse(_message.Message):
     UP_S_FIELD_NUMBER: _ClassVar[int]
     COORDINATOR_FIELD_NUMBER: _ClassVar[int]
     RUN_DIR_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
     run: str
     fence: _common_pb2.Fence
     phase: str
@@ -265,7 +268,8 @@ class StatusResponse(_message.Message):
     up_s: float
     coordinator: _common_pb2.Member
     run_dir: str
-    def __init__(self, run: _Optional[str] = ..., fence: _Optional[_Union[_common_pb2.Fence, _Mapping]] = ..., phase: _Optional[str] = ..., version: _Optional[int] = ..., applied: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., evaluation_loss: _Optional[float] = ..., loss_scale: _Optional[float] = ..., learning_rate: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., members: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ..., waiting_for: _Optional[str] = ..., checkpoint: _Optional[int] = ..., waits: _Optional[_Iterable[_Union[Wait, _Mapping]]] = ..., tokens_per_s: _Optional[float] = ..., step_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., push_s: _Optional[float] = ..., pull_s: _Optional[float] = ..., left_s: _Optional[float] = ..., skipped: _Optional[int] = ..., contributions: _Optional[int] = ..., slots: _Optional[int] = ..., checkpoint_age_s: _Optional[float] = ..., evaluation_version: _Optional[int] = ..., up_s: _Optional[float] = ..., coordinator: _Optional[_Union[_common_pb2.Member, _Mapping]] = ..., run_dir: _Optional[str] = ...) -> None: ...
+    wait_s: float
+    def __init__(self, run: _Optional[str] = ..., fence: _Optional[_Union[_common_pb2.Fence, _Mapping]] = ..., phase: _Optional[str] = ..., version: _Optional[int] = ..., applied: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., evaluation_loss: _Optional[float] = ..., loss_scale: _Optional[float] = ..., learning_rate: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., members: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ..., waiting_for: _Optional[str] = ..., checkpoint: _Optional[int] = ..., waits: _Optional[_Iterable[_Union[Wait, _Mapping]]] = ..., tokens_per_s: _Optional[float] = ..., step_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., push_s: _Optional[float] = ..., pull_s: _Optional[float] = ..., left_s: _Optional[float] = ..., skipped: _Optional[int] = ..., contributions: _Optional[int] = ..., slots: _Optional[int] = ..., checkpoint_age_s: _Optional[float] = ..., evaluation_version: _Optional[int] = ..., up_s: _Optional[float] = ..., coordinator: _Optional[_Union[_common_pb2.Member, _Mapping]] = ..., run_dir: _Optional[str] = ..., wait_s: _Optional[float] = ...) -> None: ...
 
 class Wait(_message.Message):
     __slots__ = ("role", "rank", "what", "since_s", "last_seen_s")
