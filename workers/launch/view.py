@@ -55,7 +55,7 @@ def render(snapshot: Snapshot, width: int, height: int | None = None) -> Rendera
     shown, hidden = choose_members(snapshot, room)
     lines: list[RenderableType] = [*head, *waits, Text("")]
     if shown:
-        lines.append(_members(shown, width))
+        lines.append(_members(shown, width, f"step {snapshot.version}: "))
     if hidden:
         lines.append(Text(f"and {hidden} more, all live", style="dim"))
     return Group(*lines)
@@ -203,8 +203,8 @@ class _Column:
         return max(self.least, len(self.title), *(cell.cell_len for cell in self.cells))
 
 
-def _members(members: Sequence[MemberSnapshot], width: int) -> RenderableType:
-    columns = _columns(members)
+def _members(members: Sequence[MemberSnapshot], width: int, now_prefix: str) -> RenderableType:
+    columns = _columns(members, now_prefix)
     chosen: set[str] = set()
     free = width + len(_GAP)
     for names in _NEED:
@@ -231,8 +231,8 @@ def _members(members: Sequence[MemberSnapshot], width: int) -> RenderableType:
     return table
 
 
-def _columns(members: Sequence[MemberSnapshot]) -> dict[str, _Column]:
-    """All columns, from left to right."""
+def _columns(members: Sequence[MemberSnapshot], now_prefix: str) -> dict[str, _Column]:
+    """All columns, from left to right; that somebody is at the open step goes without saying."""
 
     def spent(name: str) -> list[Text]:
         found = [member.last_contribution for member in members]
@@ -254,7 +254,7 @@ def _columns(members: Sequence[MemberSnapshot]) -> dict[str, _Column]:
         ),
         "process": _Column("process", [Text(_process(member)) for member in members]),
         "metrics": _Column("metrics", [Text(member.metrics_address) for member in members]),
-        "doing": _Column("doing", [Text(member.doing) for member in members]),
+        "doing": _Column("doing", [Text(member.doing.removeprefix(now_prefix)) for member in members]),
     }
 
 
