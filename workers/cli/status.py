@@ -88,9 +88,13 @@ class Place:
         saved = known["checkpoints"]
         checkpoints = f"{len(saved)} checkpoints, the newest {saved[-1]}" if saved else "no checkpoint"
         checkpoints = checkpoints.replace("1 checkpoints, the newest", "one checkpoint,")
+        reached = f"step {known['version']} of {known['steps']}, {checkpoints}"
+        if self._folder.is_held():
+            return PeerUnavailable(
+                f"{self._folder.path}: its coordinator is being started, or has just ended: {reached}"
+            )
         return PeerUnavailable(
-            f"{self._folder.path} is not running: step {known['version']} of {known['steps']}, {checkpoints}; "
-            f"to go on: windlass resume {self._folder.path}"
+            f"{self._folder.path} is not running: {reached}; to go on: windlass resume {self._folder.path}"
         )
 
     def last_known(self) -> dict[str, Any]:
