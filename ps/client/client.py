@@ -230,6 +230,11 @@ class ParameterClient:
         """Weights of the next version are arriving: the open step is decided, the model cannot be used."""
         return self._pulling is not None and self._pulling.torn
 
+    @property
+    def is_waiting(self) -> bool:
+        """A version was asked for and nothing of it has come."""
+        return self._pulling is not None and self._pulling.untouched
+
     # -- Events ---------------------------------------------------------------------------------
 
     def handle(self, event: Received | Lost) -> None:

@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
 
 from protos.ps.v1 import coordinator_pb2 as pb
@@ -27,6 +28,7 @@ from ps.coordinator.recorder import Recorder
 from ps.coordinator.recovery import Candidate
 from ps.coordinator.run import Phase
 from ps.coordinator.service import SERVICE, CoordinatorServicer, Sessions
+from ps.coordinator.status import member_message
 from ps.errors import PsError, StorageError
 from ps.storage import layout
 from ps.storage.journal import Journal
@@ -98,7 +100,9 @@ class CoordinatorApp:
         )
         self._health = Health(self._server, SERVICE)
         enable_reflection(self._server, [pb.DESCRIPTOR.services_by_name["Coordinator"].full_name])
-        servicer = CoordinatorServicer(self._loop, self._machine, self._sessions, history.run, job_json)
+        servicer = CoordinatorServicer(
+            self._loop, self._machine, self._sessions, history.run, job_json, member_message(self._self)
+        )
         pb_grpc.add_CoordinatorServicer_to_server(servicer, self._server)
 
     def _open_history(self) -> History:
@@ -199,8 +203,15 @@ def _candidates(checkpoint_dir: Path) -> tuple[list[Candidate], list[str]]:
             log.error("%s", error.message)
             rejected.append(folder.name)
             continue
-        found.append(Candidate(folder.name, digest, state_of(manifest)))
+        found.append(Candidate(folder.name, digest, state_of(manifest), _created_at(manifest)))
     return found, rejected
+
+
+def _created_at(manifest: Manifest) -> float | None:
+    try:
+        return datetime.fromisoformat(manifest.created).timestamp()
+    except ValueError:
+        return None
 
 
 def state_of(manifest: Manifest) -> TrainingState:

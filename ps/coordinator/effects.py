@@ -198,7 +198,7 @@ class Effects:
         folder = layout.checkpoint_folder(directory, manifest.version)
         candidate, text = None, ""
         try:
-            candidate = Candidate(folder.name, write_manifest(folder, manifest), action.state)
+            candidate = Candidate(folder.name, write_manifest(folder, manifest), action.state, time.time())
             metrics.CHECKPOINT_VERSION.set(manifest.version)
             metrics.CHECKPOINT_TIME.set(time.time())
             layout.retain(directory, self._machine.config.checkpoint.keep, manifest.version)

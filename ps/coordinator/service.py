@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from ps.coordinator.machine import Machine
 from ps.coordinator.members import MemberState
 from ps.coordinator.monitoring import count_contribution
 from ps.coordinator.status import status
+from ps.coordinator.timings import Spent
 from ps.errors import MismatchError, PeerUnavailable, PsError
 from ps.types import Applied, Fence, ParameterTable, Prepared, Role
 from ps.wire.access import check_claim
@@ -80,12 +82,15 @@ class Sessions:
 class CoordinatorServicer(pb_grpc.CoordinatorServicer):
     """Thin handlers: every fact goes to the loop's thread."""
 
-    def __init__(self, loop: Loop, machine: Machine, sessions: Sessions, run: str, job_json: str) -> None:
+    def __init__(
+        self, loop: Loop, machine: Machine, sessions: Sessions, run: str, job_json: str, myself: common_pb2.Member
+    ) -> None:
         self._loop = loop
         self._machine = machine
         self._sessions = sessions
         self._run = run
         self._job_json = job_json
+        self._myself = myself
 
     def Register(self, request: pb.RegisterRequest, context: grpc.ServicerContext) -> pb.RegisterResponse:
         try:
@@ -102,7 +107,7 @@ class CoordinatorServicer(pb_grpc.CoordinatorServicer):
         )
 
     def Status(self, _request: pb.StatusRequest, _context: grpc.ServicerContext) -> pb.StatusResponse:
-        return self._loop.call(lambda now: status(self._machine, now))
+        return self._loop.call(lambda now: status(self._machine, self._myself, now, time.time()))
 
     def Session(
         self, requests: Iterator[pb.SessionRequest], context: grpc.ServicerContext
@@ -209,11 +214,7 @@ def _contributed(machine: Machine, member: MemberState, event: pb.Contributed, _
     machine.steps.contributed(
         member.rank,
         from_proto(Fence, event.fence),
-        event.step,
-        event.contribution,
-        event.compute_s,
-        event.push_s,
-        event.pull_s,
+        Spent(event.step, event.contribution, event.compute_s, event.push_s, event.pull_s, event.wait_s),
     )
     count_contribution(member.rank, event.compute_s, event.push_s, event.pull_s)
 

@@ -50,7 +50,7 @@ def test_job_files_and_folders_are_offered(tmp_path: Path, monkeypatch: pytest.M
     assert texts(list(_job_files("jo"))) == ["jobs/"]
     assert texts(list(_job_files("jobs/"))) == ["jobs/b.json"]
     assert texts(list(_job_files(""))) == ["seed.yaml"]
-    assert ask("windlass train se", 2) == ["seed.yaml", "seed=1"]
+    assert ask("windlass train see", 2) == ["seed.yaml", "seed=1"]
 
 
 def ask(words: str, number: int) -> list[str]:

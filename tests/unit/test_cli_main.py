@@ -33,7 +33,8 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ((), ("--help",)):
         code, out, _ = run(capsys, *arguments)
         assert code == 0
-        for command in ("train", "resume", "evaluate", "sample", "digest", "coordinator", "shard", "worker", "certs"):
+        commands = ("train", "resume", "status", "plot", "evaluate", "sample", "digest", "export", "init", "validate")
+        for command in (*commands, "coordinator", "shard", "worker", "certs"):
             assert f"  {command} " in out
 
 
@@ -51,6 +52,8 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["sample", "no/such/run"], ["no/such/run holds no run"]),
         (["evaluate", "no/such/run"], ["no/such/run holds no run"]),
         (["digest", "no/such/run"], ["no/such/run holds no run"]),
+        (["status", "no/such/run"], ["no/such/run is neither a run folder", "HOST:PORT"]),
+        (["status", "a:0"], ["a:0 is neither"]),
         (["shard", "--index", "0"], ["--coordinator"]),
         (["shard", "--coordinator", "nowhere", "--index", "0"], ["--coordinator=nowhere", "HOST:PORT"]),
         (["shard", "--coordinator", "a:1", "--index", "0", "--listen", "a:99999"], ["--listen=a:99999"]),

@@ -52,6 +52,15 @@ TokenizerFile = Annotated[
     typer.Option("--tokenizer", metavar="FILE", help="A tokenizer.json. Default: the one in the run folder."),
 ]
 
+Certificates = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="WINDLASS_CERTIFICATES",
+        metavar="DIR",
+        help="A certificate's folder, or one of `windlass certs init`. Default: no TLS.",
+    ),
+]
+
 
 def require_worker_extra(who: str) -> None:
     """Say how to install what only workers need, before anything fails on its absence.

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ps.errors import ConfigError, PsError
-from workers.cli import before, certs, export, inspect, roles, train
+from workers.cli import before, certs, export, inspect, plot, roles, status, train
 from workers.launch.processes import ERROR_PREFIX
 
 # The root of "wrong usage" in whichever click this typer brings.
@@ -31,6 +31,8 @@ _COMMANDS: tuple[Callable[..., int], ...] = (
     inspect.sample,
     inspect.digest,
     export.export,
+    status.status,
+    plot.plot,
     train.prepare,
     roles.coordinator,
     roles.shard,

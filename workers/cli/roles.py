@@ -17,7 +17,7 @@ from ps.lifeline import Lifeline
 from ps.telemetry import logs
 from ps.types import Role
 from ps.wire.security import load_security, refuse_exposure
-from workers.cli.arguments import Device, Job, Level, require_worker_extra
+from workers.cli.arguments import Certificates, Device, Job, Level, require_worker_extra
 from workers.config import JobConfig
 from workers.launch import environment, jobs
 from workers.launch.folder import RunFolder
@@ -42,14 +42,6 @@ MetricsListen = Annotated[
 LogLevel = Annotated[
     Level | None,
     typer.Option(envvar="WINDLASS_LOG_LEVEL", help="How much is logged. Default: info."),
-]
-Certificates = Annotated[
-    Path | None,
-    typer.Option(
-        envvar="WINDLASS_CERTIFICATES",
-        metavar="DIR",
-        help="This role's certificate, or a folder of `windlass certs init`. Default: no TLS.",
-    ),
 ]
 Insecure = Annotated[
     bool,

@@ -114,6 +114,20 @@ class RunFolder:
         os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
         return lock
 
+    def is_held(self) -> bool:
+        """Whether a launcher or a role of it has the folder, on this host."""
+        try:
+            lock = os.open(self._lock, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(lock)
+        return False
+
     def holder(self) -> str:
         """The pid of the launcher that took the folder last, for messages."""
         try:

@@ -186,6 +186,7 @@ class Launcher:
         for member in members:
             if member.get("role") == COORDINATOR.role.value and member.get("pid") == coordinator.pid:
                 self._address = str(member["address"])
+                self._display.reachable(self._address)
                 self._do(self._supervisor.reachable())
 
     def _do(self, actions: Sequence[Action]) -> None:
@@ -209,6 +210,7 @@ class Launcher:
         log = self._folder.log(str(member))
         try:
             self._processes[member] = LoggedProcess.start(command, environment, log, self._inherited)
+            self._display.started(member.role.value, member.rank, self._processes[member].pid)
         except OSError as error:
             raise StartupError(f"{member} cannot be started: {error}") from None
 
