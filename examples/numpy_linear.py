@@ -6,7 +6,7 @@ import numpy as np
 
 import windlass
 
-HIDDEN = np.arange(8, dtype=np.float32)  # what the data knows: y = x . HIDDEN + 3
+HIDDEN = np.arange(1, 9, dtype=np.float32)  # what the data knows: y = x . HIDDEN + 3
 
 
 def micro_batch(step, slot):

@@ -194,8 +194,8 @@ class Client:
 
         Raises:
             WaitTimeout: nothing was dealt in time; says what is waited for.
-            MismatchError: the run has other parameters than this client.
-            PsError: the coordinator ended the run with an error, or a shard refused what was pushed.
+            PsError: the coordinator ended the run, or this client for having other parameters than the run, or a
+                shard refused what was pushed.
         """
         deadline = time.monotonic() + timeout_s
         self._take(0.0)

@@ -6,6 +6,8 @@ The launcher runs in a thread of this process, so its roles also end when this p
 from __future__ import annotations
 
 import logging
+import secrets
+import shutil
 import signal
 import sys
 import tempfile
@@ -13,7 +15,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -33,8 +34,10 @@ log = logging.getLogger(__name__)
 
 #: How often a wait looks.
 _LOOK_S = 0.05
-#: A role that is killed is gone, and a cluster that is closed has ended, within this.
+#: A role that is killed is gone within this.
 _GONE_S = 30.0
+#: The launcher hears nothing while it starts a process or reads a file.
+_ASK_AGAIN_S = 5.0
 
 
 class LocalCluster:
@@ -58,12 +61,8 @@ class LocalCluster:
         run_dir: Path | str | None = None,
         start_timeout_s: float = 90.0,
     ) -> None:
-        self._stack = ExitStack()
-        if run_dir is None:
-            made = self._stack.enter_context(
-                tempfile.TemporaryDirectory(prefix="windlass-", ignore_cleanup_errors=True)
-            )
-            run_dir = Path(made) / "run"
+        self._is_temporary = run_dir is None
+        run_dir = run_dir or Path(tempfile.gettempdir(), f"windlass-{secrets.token_hex(8)}")
         placed = [f"run_dir={Path(run_dir).absolute()}", f"cluster.shards={shards}", "telemetry.metrics=false"]
         if workers:
             placed.append(f"cluster.workers={workers}")
@@ -73,13 +72,12 @@ class LocalCluster:
         self._members += [Member(Role.SHARD, index) for index in range(self.job.cluster.shards)]
         self._members += [Member(Role.WORKER, rank) for rank in range(workers)]
         self._start_timeout_s = start_timeout_s
-        self._requests = Requests()
+        self._requests: Requests | None = None
         self._commands = _Counted(RoleCommands(self.job, self._folder.config))
         self._workers = workers
         self._launcher: Launcher | None = None
         self._kills: Counter[Member] = Counter()
         self._away: set[Member] = set()
-        self._thread = threading.Thread(target=self._run, name="local cluster", daemon=True)
         self._ended = threading.Event()
         self._end: End | None = None
         self._failure: PsError | None = None
@@ -93,6 +91,8 @@ class LocalCluster:
             StartupError: a role could not start; its log is printed.
             WaitTimeout: it took too long; says who is missing.
         """
+        self._requests = requests = Requests()
+        self._thread = threading.Thread(target=self._run, args=[requests], name="local cluster", daemon=True)
         self._thread.start()
         try:
             self.wait_until_complete(self._start_timeout_s)
@@ -119,14 +119,18 @@ class LocalCluster:
 
     def close(self) -> None:
         """Kill what is left, and wait for it. Idempotent."""
-        while self._thread.is_alive() and not self._ended.is_set():
+        if self._requests is None:
+            return
+        while self._thread.is_alive():
             # The first asks for a checkpoint, the second does not wait for it.
             self._requests.ask(signal.SIGTERM)
             self._requests.ask(signal.SIGTERM)
-            self._thread.join(_GONE_S)
-        self._stack.close()
+            self._thread.join(_ASK_AGAIN_S)
+        self._requests.close()
+        if self._is_temporary:
+            shutil.rmtree(self.run_dir, ignore_errors=True)
 
-    def _run(self) -> None:
+    def _run(self, requests: Requests) -> None:
         """The thread's work: what `windlass train` does, without a terminal and without signals."""
         try:
             self._folder.logs.mkdir(parents=True, exist_ok=True)
@@ -134,7 +138,7 @@ class LocalCluster:
             with self._folder.log("launcher").open("w") as lines:
                 display = LineDisplay(lines, self.job.launch.progress_every_steps)
                 self._launcher = Launcher(
-                    self.job, self._folder, self._commands, prepare, display, lambda: self._requests, self._workers
+                    self.job, self._folder, self._commands, prepare, display, lambda: requests, self._workers
                 )
                 self._end = self._launcher.run(fresh=True)
         except PsError as failure:
@@ -242,6 +246,7 @@ class LocalCluster:
 
     def _change(self, change: Callable[[Supervisor], Sequence[Action]]) -> None:
         assert self._launcher is not None, "it was entered"
+        assert self._requests is not None, "it was entered"
         self._launcher.change(change)
         self._requests.ask(signal.SIGCHLD)
 

@@ -65,6 +65,10 @@ class Requests(Signals):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hear nothing more. Idempotent."""
         self._reader.close()
         self._writer.close()
 
