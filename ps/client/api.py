@@ -73,6 +73,8 @@ class _Spent:
     """When a contribution was handed out, and the seconds that it took."""
 
     handed_at: float
+    #: Waiting for the weights before it, since they were asked for.
+    pull_s: float
     compute_s: float = 0.0
     push_s: float = 0.0
 
@@ -92,6 +94,8 @@ class Client:
         self._fence: Fence | None = None
         self._dealt: _Dealt | None = None
         self._spent: dict[int, _Spent] = {}
+        #: When the weights that are waited for were asked for.
+        self._asked_at: float | None = None
         self._end: pb.End | None = None
         self._is_closed = False
 
@@ -233,13 +237,14 @@ class Client:
         self._client.forget_buffer()
         self._arrays.fill(checked, work.loss_scale)
         self._client.push(Contribution(work.step, work.contribution, work.loss_scale, float(loss_sum), int(tokens)))
-        spent = self._spent.setdefault(work.contribution, _Spent(began))
+        spent = self._spent.setdefault(work.contribution, _Spent(began, 0.0))
         spent.compute_s, spent.push_s = began - spent.handed_at, time.monotonic() - began
         if work.contribution in dealt.pending:
             dealt.pending.remove(work.contribution)
         if not dealt.pending:
             self._session.doing(f"step {work.step}: pushed, waiting for the decision")
             # Asked for before it is decided, so that its first chunk comes at once.
+            self._asked_at = time.monotonic()
             self._client.pull(dealt.step + 1, dealt.applied + 1)
         return True
 
@@ -291,6 +296,7 @@ class Client:
             # The last version is pulled by everybody, so that `pull` has it when the run is over.
             if dealt.pending or dealt.step >= self._config.training.end:
                 self._session.doing(f"step {dealt.step}: waiting for weights")
+                self._asked_at = self._asked_at or time.monotonic()
                 self._client.pull(dealt.step, dealt.applied)
             return None
         dealt.pending[:0] = sorted(self._client.recompute.difference(dealt.pending))
@@ -299,7 +305,9 @@ class Client:
             return None
         contribution = dealt.pending[0]
         self._session.doing(f"step {dealt.step}: computing contribution {contribution}")
-        self._spent[contribution] = _Spent(time.monotonic())
+        now = time.monotonic()
+        self._spent[contribution] = _Spent(now, now - self._asked_at if self._asked_at is not None else 0.0)
+        self._asked_at = None
         slots = slot_range(contribution, self._contributions, self._config.batch.micro_batches_per_step)
         return Work(dealt.step, contribution, slots, dealt.loss_scale, self._arrays.weights, self._fence)
 
@@ -350,6 +358,7 @@ class Client:
         self._contributions = int(cluster.contributions)
         self._dealt = None
         self._spent.clear()
+        self._asked_at = None
         self._client.open(
             self._session.run,
             self._fence,
@@ -386,6 +395,7 @@ class Client:
                         contribution=contribution,
                         compute_s=spent.compute_s,
                         push_s=spent.push_s,
+                        pull_s=spent.pull_s,
                     )
                 )
 

@@ -81,9 +81,8 @@ def test_a_run_that_fails_fails_the_block(tmp_path: Path, capfd: pytest.CaptureF
     cluster = LocalCluster("membership.start_timeout_s=6", run_dir=tmp_path / "run")
 
     def nobody_comes() -> None:
-        with cluster:
-            with pytest.raises(windlass.StartupError, match="start_timeout_s is over"):
-                cluster.wait(60.0)
+        with cluster, pytest.raises(windlass.StartupError, match="start_timeout_s is over"):
+            cluster.wait(60.0)
 
     with pytest.raises(windlass.StartupError, match=r"coordinator-0: waiting for a worker.*start_timeout_s is over"):
         nobody_comes()

@@ -77,10 +77,15 @@ def alone() -> tuple[Tensors, list[float]]:
     return weights, losses
 
 
-def work(address: str, on_work: Callable[[windlass.Work], None] = lambda _: None) -> tuple[str, Tensors, int]:
+def work(
+    address: str,
+    on_work: Callable[[windlass.Work], object] = lambda _: None,
+    on_connect: Callable[[windlass.Client], object] = lambda _: None,
+) -> tuple[str, Tensors, int]:
     """Be a client until the end; returns why it ended, the last weights, and how much it pushed."""
     pushed = 0
     with windlass.Client.connect(address, initial()) as client:
+        on_connect(client)
         for piece in client:
             on_work(piece)
             pushed += client.push(piece, *compute(dict(piece.weights), piece.step, piece.slots))
@@ -127,22 +132,23 @@ def test_a_half_precision_wire_carries_a_loss_scale_that_nobody_sees(tmp_path: P
 
 def test_two_clients_make_the_same_bits(undisturbed: tuple[str, Tensors, list[float]], tmp_path: Path) -> None:
     with LocalCluster(*JOB, "precision.wire=fp32", shards=2, run_dir=tmp_path / "run") as cluster:
-        # Both are there before anything is dealt to either: neither can do it alone.
-        barrier = threading.Barrier(2)
-        met = threading.local()
+        # The first one's first piece waits until the second one has weights: from then on both are dealt work.
+        together = threading.Event()
         shares: list[int] = []
 
-        def meet(_: windlass.Work) -> None:
-            if not hasattr(met, "done"):
-                met.done = True
-                barrier.wait(60.0)
+        def first() -> None:
+            shares.append(work(cluster.address, lambda _: together.wait(60.0))[2])
 
-        def one() -> None:
-            shares.append(work(cluster.address, meet)[2])
+        def second() -> None:
+            def look(client: windlass.Client) -> None:
+                np.testing.assert_array_equal(client.pull(0)["bias"], initial()["bias"])
+                together.set()
 
-        clients = [threading.Thread(target=one) for _ in range(2)]
-        for client in clients:
-            client.start()
+            shares.append(work(cluster.address, lambda _: None, look)[2])
+
+        clients = [threading.Thread(target=first), threading.Thread(target=second)]
+        clients[0].start()
+        clients[1].start()
         for client in clients:
             client.join(120.0)
         cluster.wait(60.0)

@@ -195,7 +195,7 @@ class LocalCluster:
         self._kills[member] += 1
         if not restart:
             self._away.add(member)
-        # Whatever restarts it counts this as one more death, up to launch.restart_limit within a minute.
+        # No death in the supervisor's eyes: it does not count towards launch.restart_limit.
         self._change(lambda supervisor: supervisor.dismiss(member))
         self._await(lambda: self.pids.get(str(member)) != pid, _GONE_S, f"{member} to die")
         if restart:
