@@ -13,7 +13,7 @@ from protos.ps.v1.common_pb2 import Fence, Member
 from ps.client.api import Client, Work
 from ps.client.arrays import NamedArrays, copy_of, table_of
 from ps.client.client import ParameterClient
-from ps.client.links import Inbox, Received, Said
+from ps.client.links import Inbox, Lost, Received, Said
 from ps.config import RunConfig
 from ps.errors import GradientError, MismatchError, PeerUnavailable, PsError, VersionGone, WaitTimeout
 from ps.sharding import make_plan
@@ -218,6 +218,25 @@ def test_the_end_ends_the_loop_and_keeps_the_last_weights(bench: _Bench) -> None
     with pytest.raises(PeerUnavailable, match="version 9 is not held"):
         bench.client.pull(9)
     assert bench.session.sent == []
+
+
+def test_the_last_weights_may_come_after_the_end(bench: _Bench) -> None:
+    bench.serve(step=10)
+    bench.deal(10)
+    bench.say(end=pb.End(ok=True, reason="stopped"))
+    bench.publish(10)
+    assert bench.client.wait(1.0) is None
+    assert bench.client.pull()["w"].tolist() == [10.0] * 4
+
+
+def test_a_shard_that_is_gone_after_the_end_is_not_waited_for(bench: _Bench) -> None:
+    bench.serve(step=10)
+    bench.deal(10)
+    bench.say(end=pb.End(ok=True, reason="stopped"))
+    bench.inbox.put(Lost(0, "gone", 1))
+    assert bench.client.wait(1.0) is None
+    with pytest.raises(PeerUnavailable, match=r"the last version is not held .*\(stopped\); read it from"):
+        bench.client.pull()
 
 
 def test_an_end_with_an_error_is_raised(bench: _Bench) -> None:
