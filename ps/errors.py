@@ -29,6 +29,7 @@
         CheckpointWriteFailed   a checkpoint could not be written; the previous one is untouched
         JournalDamaged          a journal is not readable before its torn tail, or is held by another process
       DataError                 a text file cannot be used; names file and offset
+      GradientError             a gradient that cannot be pushed: a wrong name, shape, dtype or layout
 
 Every message names the thing, the value, the bound and the way out.
 """
@@ -221,6 +222,12 @@ class DataError(PsError):
     """A text file cannot be used."""
 
     code = "DATA"
+
+
+class GradientError(PsError):
+    """A gradient cannot be pushed: nothing of its contribution was sent."""
+
+    code = "GRADIENT"
 
 
 def _tree(root: type[PsError]) -> list[type[PsError]]:

@@ -40,6 +40,7 @@ STATUS: dict[type[errors.PsError], grpc.StatusCode] = {
     errors.CheckpointWriteFailed: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.JournalDamaged: grpc.StatusCode.DATA_LOSS,
     errors.DataError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.GradientError: grpc.StatusCode.INVALID_ARGUMENT,
 }
 
 #: What grpc says of a TLS handshake that no repetition mends, and what it means; the first that is found.
