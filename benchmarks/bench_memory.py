@@ -4,7 +4,7 @@ A real cluster (1 shard, 2 workers, C = 2, AdamW, FP16 wire, FP32 compute on the
 steps between checkpoints. The resident memory of every process is compared with that of an idle process
 of the same role: one of a cluster with a model of next to nothing, in which everything is imported,
 compiled and connected. What a worker's activations take is measured apart, in plain PyTorch, and
-subtracted.
+subtracted. What `windlass validate` says of the same job is held against each process as a whole.
 
     python benchmarks/bench_memory.py [--json FILE] [--layers 10]
 """
@@ -29,6 +29,8 @@ from benchmarks.support.report import Check, Report
 
 SHARD_BOUND = 22.0
 WORKER_BOUND = 8.0
+#: How far `windlass validate` may be from what was measured, as a part of it.
+ESTIMATE_BOUND = 0.15
 STEPS = 10
 
 
@@ -150,6 +152,17 @@ def measure(folder: Path, arguments: list[str]) -> dict[str, float]:
     return {f"{name}/{key}": value for name, seen in peaks.items() for key, value in seen.items()}
 
 
+def estimates(arguments: list[str]) -> dict[str, int]:
+    """What `windlass validate` says that each process takes, in bytes."""
+    from workers.config import load_job
+    from workers.launch.estimate import estimate
+
+    found = estimate(load_job(None, arguments))
+    roles = {"coordinator-0": found.coordinator, "shard-0": found.shards[0]}
+    roles |= {f"worker-{rank}": found.worker for rank in range(len(found.contributions))}
+    return {name: role.num_bytes for name, role in roles.items()}
+
+
 def _steps(run: Path) -> int:
     try:
         return (run / "metrics.jsonl").read_text().count('"kind": "step"')
@@ -191,6 +204,11 @@ def main() -> None:
         )
         bound = WORKER_BOUND if worker else SHARD_BOUND
         report.check(Check(f"{member}: bytes per parameter outside snapshots", steady, bound, steady <= bound))
+    for member, expected in estimates(job).items():
+        measured = found[f"{member}/steady"]
+        off = abs(expected / measured - 1)
+        name = f"{member}: the estimate, {expected / 1e6:.0f} MB, off from {measured / 1e6:.0f} MB by"
+        report.check(Check(name, off, ESTIMATE_BOUND, off <= ESTIMATE_BOUND))
     report.note("parameters", parameters)
     report.note("activations of a worker, MB", activations / 1e6)
     report.finish(arguments.json)

@@ -116,6 +116,7 @@ class OptimizerConfig(Section):
     betas: tuple[Probability, Probability] = (0.9, 0.95)
     """Adam's decay rates of the first and second moment."""
     eps: Positive = 1e-8
+    """Adam's, added to the root of the second moment."""
     weight_decay: NonNegative = 0.1
     """For matrices; norms, biases and embeddings have none unless `decay_all`."""
     decay_all: bool = False
@@ -179,6 +180,13 @@ class TelemetryConfig(Section):
     """The address that the metrics port binds."""
 
 
+class SecurityConfig(Section):
+    certificates: Path | None = None
+    """A folder from `windlass certs init`: every connection is TLS, and each role shows its certificate."""
+    insecure: bool = False
+    """Serve other hosts without certificates: only for a network that you trust."""
+
+
 class RunConfig(Section):
     """What the coordinator and the shards need to know of a job."""
 
@@ -200,6 +208,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     membership: MembershipConfig = MembershipConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+    security: SecurityConfig = SecurityConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -218,6 +227,11 @@ class RunConfig(Section):
                 "carry: set precision.wire=fp16, or a precision.loss_scale.static"
             )
         return self
+
+    @property
+    def run_name(self) -> str:
+        """What metrics call the run: the name of its folder, which is what people know it by."""
+        return self.run_dir.name or "run"
 
     @property
     def checkpoint_dir(self) -> Path:

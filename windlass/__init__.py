@@ -6,11 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ps.client.api import Client, Work
     from ps.errors import (
         CheckpointDamaged,
         CheckpointNotFound,
         ConfigError,
         DataError,
+        GradientError,
         MismatchError,
         PeerUnavailable,
         PsError,
@@ -26,8 +28,10 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointDamaged",
     "CheckpointNotFound",
+    "Client",
     "ConfigError",
     "DataError",
+    "GradientError",
     "JobConfig",
     "MismatchError",
     "PeerUnavailable",
@@ -36,18 +40,20 @@ __all__ = [
     "StartupError",
     "StorageError",
     "WaitTimeout",
+    "Work",
     "__version__",
     "load_job",
 ]
 
 _FROM_WORKERS = {"JobConfig": "workers.config", "load_job": "workers.config"}
+_FROM_CLIENT = {"Client": "ps.client.api", "Work": "ps.client.api"}
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         value: Any = import_module("importlib.metadata").version("windlass")
     elif name in __all__:
-        value = getattr(import_module(_FROM_WORKERS.get(name, "ps.errors")), name)
+        value = getattr(import_module((_FROM_WORKERS | _FROM_CLIENT).get(name, "ps.errors")), name)
     else:
         raise AttributeError(f"module 'windlass' has no attribute {name!r}")
     globals()[name] = value

@@ -34,14 +34,21 @@ class ModelConfig(Section):
     """The built-in GPT: pre-norm, rotary positions, SwiGLU, tied embedding; Llama's names and shapes."""
 
     name: Literal["gpt"] = "gpt"
+    """Which model."""
     num_layers: int = Field(3, ge=1)
+    """Transformer layers."""
     hidden_size: int = Field(256, ge=2)
+    """Width of the residual stream; a multiple of twice num_heads."""
     num_heads: int = Field(4, ge=1)
+    """Attention heads."""
     intermediate_size: AutoInt = Field(None, ge=1)
     """Width of the feed-forward layers. auto: 8/3 of hidden_size, rounded up to a multiple of 64."""
     dropout: Probability = 0.0
+    """Part of the embedding's and of every layer's results that is dropped while training."""
     rope_theta: float = Field(10_000.0, gt=0)
+    """Base of the rotary positions' wavelengths."""
     norm_eps: float = Field(1e-5, gt=0)
+    """Added to the mean square in a norm."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -92,6 +99,7 @@ class LaunchConfig(Section):
     restart_limit: int = Field(10, ge=0)
     """A role that dies more often than this within a minute ends the run."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """How much the roles log."""
     progress_every_steps: int = Field(10, ge=1)
     """A line of progress every so many steps, when standard output is not a terminal."""
 

@@ -213,7 +213,7 @@ class ParameterClient:
         present = self.source.encode(chunk, slots, payload)
         header = self._push_header(contribution, chunk, slots, xxhash.xxh3_64_digest(payload.data), present)
         placed = replace(header, place=place, place_bytes=payload.nbytes, greeting=places.greeting)
-        self.links.send(chunk.shard, frame.encode(placed.pack()))
+        self.links.send(chunk.shard, frame.encode(placed.pack()), payload.nbytes)
         return True
 
     def _push_header(self, contribution: Contribution, chunk: Chunk, slots: int, digest: bytes, present: bytes) -> Push:
@@ -269,6 +269,11 @@ class ParameterClient:
     def is_torn(self) -> bool:
         """Weights of the next version are arriving: the open step is decided, the model cannot be used."""
         return self._pulling is not None and self._pulling.torn
+
+    @property
+    def is_waiting(self) -> bool:
+        """A version was asked for and nothing of it has come."""
+        return self._pulling is not None and self._pulling.untouched
 
     # -- Events ---------------------------------------------------------------------------------
 
@@ -375,7 +380,9 @@ class ParameterClient:
         places = self._places.get(event.shard)
         if places is None:
             raise SharedMemoryError(f"shard {event.shard} names a place in memory that this worker does not share")
-        return places.payload(header, chunk.size * self._dtype.itemsize)
+        payload = places.payload(header, chunk.size * self._dtype.itemsize)
+        self.links.count_shared(event.shard, len(payload))
+        return payload
 
     def _unchanged(self, event: Received) -> None:
         header: Any = event.header

@@ -79,6 +79,11 @@ class Pulling:
         return not any(self.remaining.values())
 
     @property
+    def untouched(self) -> bool:
+        """No shard has answered."""
+        return not self.started and sum(map(len, self.remaining.values())) == len(self.plan.chunks)
+
+    @property
     def torn(self) -> bool:
         """Some chunks are new and some are not: the model must not be used."""
         return self.started and not self.complete

@@ -15,8 +15,8 @@ from typing import Any
 
 from ps.client.transport import Connection, Transport
 from ps.errors import MalformedFrame
-from ps.telemetry.metrics import RECEIVED_BYTES, SENT_BYTES
-from ps.types import Fence
+from ps.telemetry.metrics import LinkBytes
+from ps.types import Fence, Role
 from ps.wire import frame
 from ps.wire.messages import Header, Hello, Weights, parse_to_worker
 
@@ -99,6 +99,7 @@ class Inbox:
 @dataclass
 class _Link:
     address: str
+    bytes: LinkBytes
     connection: Connection | None = None
     #: Counts connections, so that a closed one's last words are not taken for the present one's.
     life: int = 0
@@ -145,7 +146,7 @@ class ShardLinks:
                     life = link.life = link.life + 1
                     if link.connection is not None:
                         link.connection.close()
-                self._links[shard] = link = _Link(address, life=life)
+                self._links[shard] = link = _Link(address, LinkBytes(Role.SHARD, shard), life=life)
             self._greet(shard, link)
 
     def close(self) -> None:
@@ -164,19 +165,26 @@ class ShardLinks:
             "incarnation": self._incarnation,
         }
 
-    def send(self, shard: int, encoded: bytes) -> None:
+    def send(self, shard: int, encoded: bytes, shared_bytes: int = 0) -> None:
         """Send a frame, waiting for room; it is dropped while the stream is down.
 
         It is dropped too when a new fence comes meanwhile: a shard that hangs must not keep its
         worker from hearing that somebody else serves in its place.
+
+        Args:
+            shared_bytes: of the payload, where it is in shared memory.
         """
-        connection = self._links[shard].connection
-        if connection is None:
+        link = self._links[shard]
+        if link.connection is None:
             return
-        SENT_BYTES.inc(len(encoded))
-        while not connection.send(encoded, SEND_POLL_S):
+        link.bytes.sent.inc(len(encoded) + shared_bytes)
+        while not link.connection.send(encoded, SEND_POLL_S):
             if self._inbox.fence_moves:
                 return
+
+    def count_shared(self, shard: int, num_bytes: int) -> None:
+        """A payload was received through shared memory."""
+        self._links[shard].bytes.received.inc(num_bytes)
 
     def done(self, received: Received) -> None:
         """A received chunk has been used: the next one may be read."""
@@ -228,7 +236,7 @@ class ShardLinks:
         link.window = window = threading.Semaphore(RECEIVE_WINDOW)
 
         def on_frame(data: bytes) -> None:
-            RECEIVED_BYTES.inc(len(data))
+            link.bytes.received.inc(len(data))
             try:
                 fields, payload = frame.decode(data)
                 header = parse_to_worker(fields)

@@ -10,12 +10,12 @@ import signal
 import socket
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
 
 from protos.ps.v1 import coordinator_pb2 as pb
 from protos.ps.v1 import coordinator_pb2_grpc as pb_grpc
 from ps.config import RunConfig
-from ps.coordinator import metrics
 from ps.coordinator.decision import TrainingState
 from ps.coordinator.effects import Effects
 from ps.coordinator.history import History
@@ -23,19 +23,22 @@ from ps.coordinator.loop import Loop
 from ps.coordinator.loss_scaler import LossScaler
 from ps.coordinator.machine import Machine
 from ps.coordinator.members import MemberState
+from ps.coordinator.monitoring import Monitor
 from ps.coordinator.recorder import Recorder
 from ps.coordinator.recovery import Candidate
 from ps.coordinator.run import Phase
 from ps.coordinator.service import SERVICE, CoordinatorServicer, Sessions
+from ps.coordinator.status import member_message
 from ps.errors import PsError, StorageError
 from ps.storage import layout
 from ps.storage.journal import Journal
 from ps.storage.manifest import Manifest, read_manifest
 from ps.telemetry import logs
-from ps.telemetry.exporter import serve_metrics
+from ps.telemetry.exporter import identify, serve_metrics
 from ps.types import Role
 from ps.wire.health import Health, enable_reflection
 from ps.wire.options import bind, make_server, reachable
+from ps.wire.security import PLAIN, Security
 
 log = logging.getLogger(__name__)
 
@@ -49,14 +52,14 @@ WAIT_LOG_S = 10.0
 class CoordinatorApp:
     """One coordinator process."""
 
-    def __init__(self, config: RunConfig, job_json: str, listen: str) -> None:
+    def __init__(self, config: RunConfig, job_json: str, listen: str, security: Security = PLAIN) -> None:
         self._config = config
         self._ended = threading.Event()
         self._outcome: tuple[bool, str] = (True, "")
         #: Since when the run has been at which version.
         self._waited = (0.0, -1)
         self._server = make_server(MAX_SESSIONS)
-        port = bind(self._server, listen)
+        port = bind(self._server, listen, security)
         self._journal = Journal.open(config.run_dir / "journal")
         try:
             history = self._open_history()
@@ -70,10 +73,10 @@ class CoordinatorApp:
             raise
         self._sessions = Sessions()
         self._loop = Loop(self._after_each, self._failed)
-        self._recorder = Recorder(config.run_dir, history.run)
+        self._recorder = Recorder(config.run_dir, config.run_name)
         self._recorder.keep(history.recorded, set(history.evaluations))
-        if candidates:
-            metrics.CHECKPOINT_VERSION.set(max(candidate.state.version for candidate in candidates))
+        identify(config.run_name, Role.COORDINATOR, 0)
+        self._monitor = Monitor(config, history, candidates)
         metrics_listen = f"{config.telemetry.metrics_host}:0" if config.telemetry.metrics else None
         self._self = MemberState(
             Role.COORDINATOR,
@@ -85,11 +88,21 @@ class CoordinatorApp:
             f"{reachable(metrics_listen)}:{serve_metrics(metrics_listen)}" if metrics_listen else "",
         )
         self._effects = Effects(
-            self._machine, self._loop, self._sessions, self._journal, self._recorder, self._self, job_json, self._end
+            self._machine,
+            self._loop,
+            self._sessions,
+            self._journal,
+            self._recorder,
+            self._self,
+            job_json,
+            self._end,
+            security,
         )
         self._health = Health(self._server, SERVICE)
         enable_reflection(self._server, [pb.DESCRIPTOR.services_by_name["Coordinator"].full_name])
-        servicer = CoordinatorServicer(self._loop, self._machine, self._sessions, history.run, job_json)
+        servicer = CoordinatorServicer(
+            self._loop, self._machine, self._sessions, history.run, job_json, member_message(self._self)
+        )
         pb_grpc.add_CoordinatorServicer_to_server(servicer, self._server)
 
     def _open_history(self) -> History:
@@ -147,16 +160,11 @@ class CoordinatorApp:
     def _after_each(self, now: float) -> None:
         self._machine.advance(now)
         self._effects.carry_out(self._machine.drain())
-        self._export(now)
+        self._monitor.look(self._machine)
+        self._say_waiting(now)
 
-    def _export(self, now: float) -> None:
+    def _say_waiting(self, now: float) -> None:
         machine = self._machine
-        metrics.WORKERS_LIVE.set(len(machine.members.live_workers()))
-        metrics.SHARDS_LIVE.set(machine.config.cluster.shards - len(machine.members.missing_shards()))
-        metrics.EPOCH.set(machine.fence.epoch)
-        metrics.TERM.set(machine.fence.term)
-        metrics.LOSS_SCALE.set(machine.state.scaler.scale)
-        metrics.APPLIED.set(machine.state.applied)
         since, version = self._waited[0], machine.state.version
         if version != self._waited[1] or machine.phase is Phase.ENDED:
             self._waited = (now, version)
@@ -195,8 +203,15 @@ def _candidates(checkpoint_dir: Path) -> tuple[list[Candidate], list[str]]:
             log.error("%s", error.message)
             rejected.append(folder.name)
             continue
-        found.append(Candidate(folder.name, digest, state_of(manifest)))
+        found.append(Candidate(folder.name, digest, state_of(manifest), _created_at(manifest)))
     return found, rejected
+
+
+def _created_at(manifest: Manifest) -> float | None:
+    try:
+        return datetime.fromisoformat(manifest.created).timestamp()
+    except ValueError:
+        return None
 
 
 def state_of(manifest: Manifest) -> TrainingState:
@@ -205,18 +220,19 @@ def state_of(manifest: Manifest) -> TrainingState:
     return TrainingState(manifest.version, manifest.applied, manifest.skipped, scaler)
 
 
-def run(config: RunConfig, job_json: str, listen: str) -> int:
+def run(config: RunConfig, job_json: str, listen: str, security: Security = PLAIN) -> int:
     """Run the coordinator until the end of the run; returns the exit code.
 
     Args:
         config: what the coordinator acts on of the job.
         job_json: the whole resolved job, which it hands to the other roles.
         listen: host:port; port 0 takes any.
+        security: its certificates, if any.
 
     Raises:
         PsError: why it could not start, or why the run could not go on; one line.
     """
-    app = CoordinatorApp(config, job_json, listen)
+    app = CoordinatorApp(config, job_json, listen, security)
     for number in (signal.SIGTERM, signal.SIGINT):
         name = signal.Signals(number).name
         signal.signal(number, lambda *_, name=name: app.stop(f"asked to stop ({name})"))

@@ -25,6 +25,7 @@ from ps.coordinator.recovery import Candidate, Inspection
 from ps.coordinator.service import Sessions
 from ps.coordinator.status import member_message
 from ps.errors import (
+    AccessDenied,
     CheckpointWriteFailed,
     ConfigError,
     MismatchError,
@@ -39,6 +40,7 @@ from ps.storage.shard_file import ShardFile
 from ps.types import Decision, Role
 from ps.wire.options import open_channel
 from ps.wire.proto import from_proto, to_proto
+from ps.wire.security import PLAIN, Security
 from ps.wire.status import error_of
 
 log = logging.getLogger(__name__)
@@ -69,6 +71,7 @@ class Effects:
         myself: MemberState,
         job_json: str,
         on_end: Callable[[bool, str], None],
+        security: Security = PLAIN,
     ) -> None:
         self._machine = machine
         self._loop = loop
@@ -78,6 +81,7 @@ class Effects:
         self._self = myself
         self._job_json = job_json
         self._on_end = on_end
+        self._security = security
         self._said_at = time.monotonic()
         self._nonce: tuple[str, str] | None = None
         self._plan_digest_made = ""
@@ -194,7 +198,7 @@ class Effects:
         folder = layout.checkpoint_folder(directory, manifest.version)
         candidate, text = None, ""
         try:
-            candidate = Candidate(folder.name, write_manifest(folder, manifest), action.state)
+            candidate = Candidate(folder.name, write_manifest(folder, manifest), action.state, time.time())
             metrics.CHECKPOINT_VERSION.set(manifest.version)
             metrics.CHECKPOINT_TIME.set(time.time())
             layout.retain(directory, self._machine.config.checkpoint.keep, manifest.version)
@@ -257,11 +261,11 @@ class Effects:
         loading = control is actions.Control.LOAD
         timeout_s = machine.config.checkpoint.timeout_s if loading else CONTROL_TIMEOUT_S
         try:
-            with open_channel(address) as channel:
+            with open_channel(address, self._security, Role.SHARD) as channel:
                 response = shard_pb2_grpc.ShardStub(channel).Configure(request, timeout=timeout_s)
         except grpc.RpcError as broken:
             failure = error_of(broken, f"configuring shard {shard} at {address}")
-            fatal = isinstance(failure, MismatchError | ConfigError)
+            fatal = isinstance(failure, MismatchError | ConfigError | AccessDenied)
             self._loop.post(lambda _: machine.serving.configure_failed(shard, fence, control, failure, fatal))
             return
         if response.plan_digest != self._plan_digest():
@@ -318,8 +322,9 @@ def _export(line: dict[str, Any]) -> None:
     if line["kind"] == "evaluation":
         metrics.EVALUATION_LOSS.set(math.nan if line["loss"] is None else line["loss"])
         return
-    metrics.STEP.set(line["step"] + 1)
     metrics.SKIPPED.inc(int(line["skipped"]))
+    if not line["skipped"]:
+        metrics.COMMIT_TIME.set_to_current_time()
     metrics.TOKENS.inc(line["tokens"])
     metrics.LEARNING_RATE.set(line["learning_rate"])
     for gauge, key in ((metrics.LOSS, "loss"), (metrics.GRADIENT_NORM, "gradient_norm")):
@@ -327,3 +332,9 @@ def _export(line: dict[str, Any]) -> None:
             gauge.set(line[key])
     if line["step_seconds"] is not None:
         metrics.STEP_SECONDS.observe(line["step_seconds"])
+        rest = line["step_seconds"]
+        for phase in ("compute", "push", "pull"):
+            seconds = line[f"{phase}_seconds"] or 0.0
+            metrics.PHASE_SECONDS.labels(phase).inc(seconds)
+            rest -= seconds
+        metrics.PHASE_SECONDS.labels("rest").inc(max(0.0, rest))

@@ -17,11 +17,14 @@ from ps.coordinator.recovery import Candidate, choose_checkpoint
 from ps.coordinator.run import Phase, Run
 from ps.coordinator.serving import Serving
 from ps.coordinator.steps import Steps
-from ps.coordinator.waiting import describe_absence, describe_wait
+from ps.coordinator.waiting import Wait, describe_absence, describe_wait, find_waits
 from ps.sharding import make_plan
 from ps.types import ParameterTable, Role
 
 log = logging.getLogger(__name__)
+
+#: Since when something is missing is known to this.
+LOOK_S = 0.05
 
 
 class Machine(Run):
@@ -39,7 +42,9 @@ class Machine(Run):
         super().__init__(config, history, candidates, rejected, term)
         self.steps = Steps(self)
         self.serving = Serving(self, self.steps, now)
-        self._started_at = now
+        self.started_at = now
+        self._look_at = now
+        self.waits(now)
 
     # -- Facts about members --------------------------------------------------------------------
 
@@ -87,6 +92,7 @@ class Machine(Run):
             member.doing = doing
         if not member.live and member.ready:
             member.live = True
+            member.since = now
             log.info("%s is there", member.name)
             self._welcome(member)
 
@@ -97,6 +103,7 @@ class Machine(Run):
         else:
             # Not ready either: a heartbeat that is still on its way must not bring it back.
             member.live = member.connected = member.ready = False
+            member.since = now
             self._lost(member, "left")
         member.last_seen = now
 
@@ -157,10 +164,17 @@ class Machine(Run):
                 self._give_up_stopping(now)
             else:
                 self.steps.advance(now)
+        if now >= self._look_at:
+            self._look_at = now + LOOK_S
+            self.waits(now)
+
+    def waits(self, now: float) -> list[Wait]:
+        """Whom the run waits for."""
+        return find_waits(self, self.steps, self.serving, now)
 
     def waiting_for(self, now: float) -> str:
         """Say what is waited for, since when, and when it was last seen; empty: nothing."""
-        return describe_wait(self, self.steps, self._started_at, now)
+        return describe_wait(self, self.waits(now))
 
     def _lost(self, member: MemberState, why: str) -> None:
         log.warning("%s %s", member.name, why)

@@ -28,6 +28,8 @@ class MemberState:
     live: bool = False
     last_seen: float = 0.0
     doing: str = ""
+    #: When it became live or, when it is not, was lost or registered.
+    since: float = 0.0
 
     @property
     def name(self) -> str:
@@ -80,9 +82,13 @@ class Members:
             return None
         if before is not None:
             self._replaced.add((*key, before.incarnation))
-        member.last_seen = now
+        member.last_seen = member.since = now
         self._members[key] = member
         return before
+
+    def restarts(self, role: Role, rank: int) -> int:
+        """Earlier lives of a member."""
+        return sum((role, rank) == key[:2] for key in self._replaced)
 
     def find(self, role: Role, rank: int, incarnation: int) -> MemberState | None:
         """The member, if it is still in this life."""
@@ -109,5 +115,6 @@ class Members:
             limit = self.lease_s if member.connected else self.grace_s
             if member.live and now - member.last_seen > limit:
                 member.live = False
+                member.since = now
                 expired.append(member)
         return expired

@@ -16,6 +16,8 @@ class Candidate:
     name: str
     manifest_sha256: str
     state: TrainingState
+    #: When it was completed, Unix time; None: unknown.
+    created_at: float | None = None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from ps.coordinator.decision import TrainingState
 from ps.coordinator.history import History
 from ps.coordinator.members import Members
 from ps.coordinator.recovery import Candidate
+from ps.coordinator.since import Since
 from ps.coordinator.snapshots import Snapshots
 from ps.types import Decision, Fence
 
@@ -41,6 +42,7 @@ class Run:
         self.last_decision: Decision | None = None
         #: Why the run was asked to stop.
         self.stop_reason: str | None = None
+        self.since = Since()
         self._actions: list[Action] = []
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -17,9 +18,12 @@ from protos.ps.v1 import coordinator_pb2_grpc as pb_grpc
 from ps.coordinator.loop import Loop
 from ps.coordinator.machine import Machine
 from ps.coordinator.members import MemberState
+from ps.coordinator.monitoring import count_contribution
 from ps.coordinator.status import status
+from ps.coordinator.timings import Spent
 from ps.errors import MismatchError, PeerUnavailable, PsError
 from ps.types import Applied, Fence, ParameterTable, Prepared, Role
+from ps.wire.access import check_claim
 from ps.wire.proto import from_proto
 from ps.wire.status import abort
 
@@ -78,17 +82,21 @@ class Sessions:
 class CoordinatorServicer(pb_grpc.CoordinatorServicer):
     """Thin handlers: every fact goes to the loop's thread."""
 
-    def __init__(self, loop: Loop, machine: Machine, sessions: Sessions, run: str, job_json: str) -> None:
+    def __init__(
+        self, loop: Loop, machine: Machine, sessions: Sessions, run: str, job_json: str, myself: common_pb2.Member
+    ) -> None:
         self._loop = loop
         self._machine = machine
         self._sessions = sessions
         self._run = run
         self._job_json = job_json
+        self._myself = myself
 
     def Register(self, request: pb.RegisterRequest, context: grpc.ServicerContext) -> pb.RegisterResponse:
         try:
             if request.run not in ("", self._run):
                 raise MismatchError(f"this coordinator runs {self._run}, not {request.run}")
+            check_claim(context, request.member.role)
             member = _member(request.member)
             rank = self._loop.call(lambda now: self._machine.register(member, now))
         except PsError as error:
@@ -99,7 +107,7 @@ class CoordinatorServicer(pb_grpc.CoordinatorServicer):
         )
 
     def Status(self, _request: pb.StatusRequest, _context: grpc.ServicerContext) -> pb.StatusResponse:
-        return self._loop.call(lambda now: status(self._machine, now))
+        return self._loop.call(lambda now: status(self._machine, self._myself, now, time.time()))
 
     def Session(
         self, requests: Iterator[pb.SessionRequest], context: grpc.ServicerContext
@@ -109,8 +117,9 @@ class CoordinatorServicer(pb_grpc.CoordinatorServicer):
             abort(context, MismatchError("the first message of a session is hello"))
             return
         try:
+            check_claim(context, first.hello.member.role)
             who = _member(first.hello.member)
-        except MismatchError as error:
+        except PsError as error:
             abort(context, error)
             return
         key = (who.role, who.rank)
@@ -205,12 +214,9 @@ def _contributed(machine: Machine, member: MemberState, event: pb.Contributed, _
     machine.steps.contributed(
         member.rank,
         from_proto(Fence, event.fence),
-        event.step,
-        event.contribution,
-        event.compute_s,
-        event.push_s,
-        event.pull_s,
+        Spent(event.step, event.contribution, event.compute_s, event.push_s, event.pull_s, event.wait_s),
     )
+    count_contribution(member.rank, event.compute_s, event.push_s, event.pull_s)
 
 
 def _leave(machine: Machine, member: MemberState, _event: pb.Leave, now: float) -> None:

@@ -13,7 +13,7 @@ from ps.coordinator.decision import TrainingState, after
 from ps.coordinator.recovery import Candidate, Inspection, choose_checkpoint, surviving_version
 from ps.coordinator.run import Phase, Run
 from ps.coordinator.steps import Steps
-from ps.coordinator.waiting import describe_wait
+from ps.coordinator.waiting import describe_wait, find_waits
 from ps.errors import PsError, StorageError
 from ps.types import Decision, Fence, Role
 from ps.wire.proto import to_record
@@ -83,6 +83,21 @@ class Serving:
         if self.initializer == rank:
             self.initializer = None
 
+    # -- What is missing ------------------------------------------------------------------------
+
+    def unanswered(self) -> list[int]:
+        """The shards that have not carried out the present phase's Configure."""
+        return [shard for shard in self._run.shards if shard not in self._answered]
+
+    def empty(self) -> list[int]:
+        """The shards whose initial values have not all come."""
+        return [shard for shard in self._run.shards if shard not in self._initialized]
+
+    @property
+    def loading(self) -> str:
+        """The checkpoint that is being loaded, or was; empty: none."""
+        return self._checkpoint.name if self._checkpoint is not None else ""
+
     # -- Progress -------------------------------------------------------------------------------
 
     def advance(self, now: float) -> None:
@@ -107,7 +122,7 @@ class Serving:
         if self._run.history.table is None or self._run.members.missing_shards():
             waited = now - self._started_at
             if waited > self._run.config.membership.start_timeout_s and not self._served:
-                wait = describe_wait(self._run, self._steps, self._started_at, now)
+                wait = describe_wait(self._run, find_waits(self._run, self._steps, self, now))
                 self._run.end(False, f"{wait}; membership.start_timeout_s is over")
             return
         if now < self._retry_at:

@@ -77,5 +77,9 @@ class Snapshots:
     def pending(self) -> list[int]:
         return sorted(self._pending)
 
+    def unwritten(self, version: int, num_shards: int) -> list[int]:
+        """The shards whose file of a pending checkpoint is not there yet."""
+        return [shard for shard in range(num_shards) if shard not in self._files.get(version, {})]
+
     def failure(self, version: int) -> str:
         return self._failures.get(version, "")

@@ -9,7 +9,7 @@ from ps.coordinator.dealing import Dealing
 from ps.coordinator.decision import after, decide, same_content
 from ps.coordinator.evaluation import Evaluation
 from ps.coordinator.run import Run
-from ps.coordinator.timings import Timings, finite
+from ps.coordinator.timings import Speed, Spent, Timings, finite
 from ps.types import Applied, Fence, Prepared
 from ps.wire.proto import to_record
 
@@ -25,6 +25,9 @@ class Steps:
         self.evaluation: Evaluation | None = None
         self._closed_at: float | None = None
         self._timings = Timings()
+        self.speed = Speed()
+        #: Each worker's last contribution.
+        self.spent: dict[int, Spent] = {}
         self._reports: dict[int, Prepared] = {}
         self._applied: dict[int, Applied] = {}
 
@@ -47,12 +50,16 @@ class Steps:
             self._applied[report.shard] = report
 
     def contributed(
-        self, rank: int, fence: Fence, step: int, contribution: int, compute_s: float, push_s: float, pull_s: float
+        self,
+        rank: int,
+        fence: Fence,
+        spent: Spent,
     ) -> None:
         """Every shard holds a whole contribution; before a rollback they may have held what is lost now."""
-        if fence == self._run.fence and step == self._run.state.version:
-            self.dealing.finish(contribution)
-            self._timings.add(rank, compute_s, push_s, pull_s)
+        self.spent[rank] = spent
+        if fence == self._run.fence and spent.step == self._run.state.version:
+            self.dealing.finish(spent.contribution)
+            self._timings.add(rank, spent.compute_s, spent.push_s, spent.pull_s, spent.wait_s)
 
     def evaluated(self, version: int, part: int, loss_sum: float, tokens: int, num_bytes: int) -> None:
         if self.evaluation is not None and self.evaluation.version == version:
@@ -133,8 +140,16 @@ class Steps:
         )
 
     def _all_applied(self) -> bool:
+        return not self.not_applied()
+
+    def not_applied(self) -> list[int]:
+        """The shards that have not acknowledged the last decision."""
         wanted = self._run.state.version - 1
-        return all(shard in self._applied and self._applied[shard].step == wanted for shard in self._run.shards)
+        return [s for s in self._run.shards if s not in self._applied or self._applied[s].step != wanted]
+
+    def not_prepared(self) -> list[int]:
+        """The shards that have not reported the open step."""
+        return [shard for shard in self._run.shards if shard not in self._reports]
 
     def _decide(self, now: float) -> None:
         decision = decide(self._run.config, self._run.state, list(self._reports.values()), self._run.fence)
@@ -166,7 +181,9 @@ class Steps:
         self._closed_at = now
         hashes = [self._applied[shard].state_hash for shard in self._run.shards]
         # The line first: at a start, lines that the journal does not confirm are dropped.
-        self._run.ask(Record(self._timings.line(decision, seconds)))
+        line = self._timings.line(decision, seconds)
+        self.speed.note(line)
+        self._run.ask(Record(line))
         self._run.ask(Journal({"type": "applied", "step": decision.step, "hashes": hashes}))
         self._timings = Timings()
 

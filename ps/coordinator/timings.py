@@ -3,9 +3,52 @@
 from __future__ import annotations
 
 import math
+from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 from ps.types import Decision
+
+#: Speed is measured over this many steps.
+SPEED_WINDOW = 20
+
+
+@dataclass(frozen=True)
+class Spent:
+    """One contribution, and where its time went."""
+
+    step: int
+    contribution: int
+    compute_s: float
+    push_s: float
+    pull_s: float
+    #: The part of `pull_s` before the first of the weights came.
+    wait_s: float = 0.0
+
+
+class Speed:
+    """How fast the last steps were, and what the last one took."""
+
+    def __init__(self) -> None:
+        self._recent: deque[tuple[float, int]] = deque(maxlen=SPEED_WINDOW)
+        #: The last step's line of metrics.jsonl; empty: there was none.
+        self.last: dict[str, Any] = {}
+
+    def note(self, line: dict[str, Any]) -> None:
+        """A step was closed, with this line."""
+        self.last = line
+        if line["step_seconds"] is not None:
+            self._recent.append((line["step_seconds"], line["tokens"]))
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        seconds = sum(seconds for seconds, _ in self._recent)
+        return sum(tokens for _, tokens in self._recent) / seconds if seconds > 0 else None
+
+    def left_s(self, steps: int) -> float | None:
+        """Seconds that so many steps will take."""
+        seconds = sum(seconds for seconds, _ in self._recent)
+        return max(0, steps) * seconds / len(self._recent) if seconds > 0 else None
 
 
 class Timings:
@@ -14,9 +57,9 @@ class Timings:
     def __init__(self) -> None:
         self._by_rank: dict[int, list[float]] = {}
 
-    def add(self, rank: int, compute_s: float, push_s: float, pull_s: float) -> None:
-        sums = self._by_rank.setdefault(rank, [0.0, 0.0, 0.0])
-        for index, seconds in enumerate((compute_s, push_s, pull_s)):
+    def add(self, rank: int, compute_s: float, push_s: float, pull_s: float, wait_s: float = 0.0) -> None:
+        sums = self._by_rank.setdefault(rank, [0.0, 0.0, 0.0, 0.0])
+        for index, seconds in enumerate((compute_s, push_s, pull_s, wait_s)):
             sums[index] += seconds
 
     def _slowest(self, index: int) -> float | None:
@@ -36,6 +79,7 @@ class Timings:
             "step_seconds": round(step_s, 6) if step_s is not None else None,
             "push_seconds": self._slowest(1),
             "pull_seconds": self._slowest(2),
+            "wait_seconds": self._slowest(3),
             "compute_seconds": self._slowest(0),
         }
 

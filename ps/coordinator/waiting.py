@@ -1,34 +1,83 @@
-"""What a run waits for, in words for people."""
+"""What a run waits for: who, what, since when, and when it was last seen. Pure; time is handed in."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ps.coordinator.dealing import Dealing
 from ps.coordinator.run import Phase, Run
 from ps.coordinator.steps import Steps
 from ps.types import Role
 
-#: Members that a message names, at most.
+if TYPE_CHECKING:
+    from ps.coordinator.serving import Serving
+
+#: Waits that a message names, at most.
 NAMED = 4
 
+_CONTROL = {Phase.INSPECTING: "to say what it holds", Phase.OPENING: "to open"}
 
-def describe_wait(run: Run, steps: Steps, started_at: float, now: float) -> str:
-    """Say what is waited for, since when, and when it was last seen; empty: nothing."""
-    missing = run.members.missing_shards()
-    if missing:
-        named = ", ".join(describe_absence(run, Role.SHARD, shard, now) for shard in missing[:NAMED])
-        more = f" and {len(missing) - NAMED} more shards" if len(missing) > NAMED else ""
-        return f"waiting for {named}{more}"
-    if run.history.table is None or not run.members.live_workers():
-        return f"waiting for a worker; none is there after {now - started_at:.1f} s"
-    if run.phase is not Phase.RUNNING:
-        return f"{run.phase.value}: waiting for the shards' answers"
+
+@dataclass(frozen=True)
+class Wait:
+    """Somebody that the run waits for."""
+
+    role: Role
+    #: None: any of them will do.
+    rank: int | None
+    what: str
+    since_s: float
+    #: None: it was never seen, or it is nobody in particular.
+    last_seen_s: float | None
+
+    @property
+    def who(self) -> str:
+        if self.role is Role.COORDINATOR:
+            return "the coordinator"
+        return f"{self.role} {self.rank}" if self.rank is not None else f"any {self.role}"
+
+    def __str__(self) -> str:
+        text = f"{self.who} ({self.what}) since {self.since_s:.1f} s"
+        if self.last_seen_s is not None:
+            return f"{text}, last seen {self.last_seen_s:.1f} s ago"
+        return f"{text}, never seen" if self.rank is not None else text
+
+
+@dataclass(frozen=True)
+class _Missing:
+    """What somebody has to do, and by which names its begin is remembered: the oldest one counts."""
+
+    role: Role
+    rank: int | None
+    what: str
+    keys: tuple[Hashable, ...]
+
+
+def find_waits(run: Run, steps: Steps, serving: Serving, now: float) -> list[Wait]:
+    """Find out whom the run waits for, those without whom nothing goes on first."""
+    missing = list(_missing(run, steps, serving))
+    run.since.look((key for one in missing for key in one.keys), now)
     waits = []
-    for rank in run.members.live_workers():
-        outstanding = steps.dealing.outstanding(rank)
-        if outstanding:
-            waits.append(f"{describe_absence(run, Role.WORKER, rank, now)} (contributions {outstanding})")
-    if run.snapshots.pending():
-        waits.append(f"checkpoint of version {run.snapshots.pending()[0]}")
-    return f"step {run.state.version}: waiting for {', '.join(waits)}" if waits else ""
+    for one in missing:
+        member = run.members.get(one.role, one.rank) if one.rank is not None else None
+        seen = max(0.0, now - member.last_seen) if member is not None else None
+        if one.role is Role.COORDINATOR:
+            seen = 0.0
+        since = max(run.since.seconds(key, now) for key in one.keys)
+        waits.append(Wait(one.role, one.rank, one.what, since, seen))
+    return waits
+
+
+def describe_wait(run: Run, waits: Sequence[Wait]) -> str:
+    """Say it for people: "step 812: waiting for worker 3 (contribution 2) since 6.2 s, ..."; empty: for nothing."""
+    if not waits:
+        return ""
+    where = f"step {run.state.version}" if run.phase is Phase.RUNNING else run.phase.value
+    named = "; ".join(map(str, waits[:NAMED]))
+    more = f"; and for {len(waits) - NAMED} more" if len(waits) > NAMED else ""
+    return f"{where}: waiting for {named}{more}"
 
 
 def describe_absence(run: Run, role: Role, rank: int, now: float) -> str:
@@ -36,3 +85,81 @@ def describe_absence(run: Run, role: Role, rank: int, now: float) -> str:
     member = run.members.get(role, rank)
     seen = f"last seen {now - member.last_seen:.1f} s ago" if member is not None else "never seen"
     return f"{role} {rank}, {seen}"
+
+
+def _missing(run: Run, steps: Steps, serving: Serving) -> Iterator[_Missing]:
+    if run.phase is Phase.ENDED:
+        return
+    absent = run.members.missing_shards()
+    if absent:
+        for shard in absent:
+            known = run.members.get(Role.SHARD, shard) is not None
+            yield _Missing(Role.SHARD, shard, "to come back" if known else "to come", (("come", shard),))
+    if run.phase is Phase.GATHERING:
+        if run.history.table is None:
+            yield from _first_model(run)
+    elif run.phase is Phase.INITIALIZING:
+        yield from _initial_values(run, serving)
+    elif run.phase is not Phase.RUNNING:
+        what = _CONTROL.get(run.phase) or f"to load {serving.loading or 'no checkpoint: there is none'}"
+        for shard in serving.unanswered():
+            if shard not in absent:
+                yield _Missing(Role.SHARD, shard, what, ((run.phase, run.fence, shard),))
+    elif not absent:
+        yield from _step(run, steps)
+
+
+def _first_model(run: Run) -> Iterator[_Missing]:
+    """Without a worker's table there is no plan."""
+    coming = [member.rank for member in run.members.of(Role.WORKER) if member.connected and not member.ready]
+    for rank in coming:
+        yield _Missing(Role.WORKER, rank, "to say what its model and data are", (("model", rank),))
+    if not coming:
+        yield _Missing(Role.WORKER, None, "to come", (("come", Role.WORKER),))
+
+
+def _initial_values(run: Run, serving: Serving) -> Iterator[_Missing]:
+    what = f"initial values of {_numbered('shard', serving.empty())}"
+    yield _Missing(Role.WORKER, serving.initializer, what, ((run.phase, run.fence, serving.initializer),))
+
+
+def _step(run: Run, steps: Steps) -> Iterator[_Missing]:
+    version = run.state.version
+    for shard in steps.not_applied():
+        yield _Missing(Role.SHARD, shard, f"to apply decision {version - 1}", (("apply", version, shard),))
+    if steps.evaluation is not None and run.stop_reason is None:
+        yield from _units(run, steps.evaluation.dealing, "evaluation part")
+    if not steps.is_over():
+        yield from _units(run, steps.dealing, "contribution")
+    if not steps.is_over() and steps.dealing.complete:
+        for shard in steps.not_prepared():
+            yield _Missing(Role.SHARD, shard, _report(run, shard), (("prepare", version, shard),))
+    for saved in run.snapshots.pending():
+        shards = run.snapshots.unwritten(saved, run.config.cluster.shards)
+        for shard in shards:
+            yield _Missing(Role.SHARD, shard, f"to write checkpoint {saved}", (("write", saved, shard),))
+        if not shards:
+            yield _Missing(Role.COORDINATOR, 0, f"to complete checkpoint {saved}", (("manifest", saved),))
+
+
+def _units(run: Run, dealing: Dealing, unit: str) -> Iterator[_Missing]:
+    by_owner: dict[int | None, list[int]] = {}
+    for number in range(dealing.count):
+        if number not in dealing.done:
+            by_owner.setdefault(dealing.owner.get(number), []).append(number)
+    for rank in sorted(by_owner, key=lambda rank: -1 if rank is None else rank):
+        keys = tuple((unit, run.state.version, rank, number) for number in by_owner[rank])
+        yield _Missing(Role.WORKER, rank, _numbered(unit, by_owner[rank]), keys)
+
+
+def _report(run: Run, shard: int) -> str:
+    """What a shard lacks is in its heartbeats, which may still speak of an earlier step."""
+    member, prefix = run.members.get(Role.SHARD, shard), f"step {run.state.version}: "
+    says = member.doing.removeprefix(prefix) if member is not None and member.doing.startswith(prefix) else ""
+    return "to reduce the step" + (f"; it says: {says}" if says else "")
+
+
+def _numbered(what: str, numbers: Sequence[int]) -> str:
+    named = ", ".join(map(str, numbers[:NAMED]))
+    more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
+    return f"{what}{'s' if len(numbers) != 1 else ''} {named}{more}"

@@ -20,11 +20,12 @@ from ps.shard.engine import Outbox, ShardEngine
 from ps.shard.service import SERVICE, ShardHost, ShardServicer
 from ps.shard.snapshot import SnapshotTarget
 from ps.storage.shard_file import ShardFile
-from ps.telemetry.exporter import serve_metrics
-from ps.types import Applied, Decision, Fence, Prepared
+from ps.telemetry.exporter import identify, serve_metrics
+from ps.types import Applied, Decision, Fence, Prepared, Role
 from ps.wire.health import Health, enable_reflection
 from ps.wire.options import bind, make_server, reachable
 from ps.wire.proto import from_proto, to_proto
+from ps.wire.security import PLAIN, Security
 from ps.wire.session import Session
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,9 @@ RESEND_S = 1.0
 class ShardApp:
     """One shard process."""
 
-    def __init__(self, coordinator: str, index: int, listen: str, metrics_listen: str | None) -> None:
+    def __init__(
+        self, coordinator: str, index: int, listen: str, metrics_listen: str | None, security: Security = PLAIN
+    ) -> None:
         self._ended = threading.Event()
         self._leaving = threading.Event()
         self._registered = False
@@ -52,7 +55,7 @@ class ShardApp:
         self._health = Health(self._server, SERVICE)
         enable_reflection(self._server, [shard_pb2.DESCRIPTOR.services_by_name["Shard"].full_name])
         self._server.add_generic_rpc_handlers((ShardServicer(self._host).handler(),))
-        port = bind(self._server, listen)
+        port = bind(self._server, listen, security)
         member = Member(
             role="shard",
             rank=index,
@@ -62,7 +65,7 @@ class ShardApp:
             address=f"{reachable(listen)}:{port}",
             metrics_address=f"{reachable(metrics_listen)}:{serve_metrics(metrics_listen)}" if metrics_listen else "",
         )
-        self._session = Session(coordinator, member, self._on_message, self._on_connect)
+        self._session = Session(coordinator, member, self._on_message, self._on_connect, security)
 
     def run(self, start_timeout_s: float) -> int:
         """Serve until the coordinator ends the run, or somebody asks the process to go."""
@@ -72,6 +75,7 @@ class ShardApp:
             response = self._session.register(start_timeout_s)
             self._registered = True
             config = from_json(RunConfig, response.job)
+            identify(config.run_name, Role.SHARD, self._host.index)
             warm_up(Update(config.optimizer, config.precision.wire), config.precision.wire)
             self._session.start()
             self._wait()
@@ -178,13 +182,20 @@ class ShardApp:
         engine.outbox = Outbox(prepared, applied, initialized, snapshot, failed)
 
 
-def run(coordinator: str, index: int, listen: str, metrics_listen: str | None, start_timeout_s: float = 120.0) -> int:
+def run(
+    coordinator: str,
+    index: int,
+    listen: str,
+    metrics_listen: str | None,
+    security: Security = PLAIN,
+    start_timeout_s: float = 120.0,
+) -> int:
     """Run one shard until its end; returns the exit code.
 
     Raises:
         PsError: why it could not start, or ended; one line.
     """
-    app = ShardApp(coordinator, index, listen, metrics_listen)
+    app = ShardApp(coordinator, index, listen, metrics_listen, security)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: app.leave())
     return app.run(start_timeout_s)

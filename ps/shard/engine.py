@@ -242,6 +242,7 @@ class ShardEngine:
                     self.outbox.applied(self._last_applied)
                 return
             for chunk in chunks:
+                metrics.JOBS_WAITING.inc()
                 self._pool.submit(self._guarded, self._apply, decision, chunk)
             if self.protocol.step > before:
                 self._skipped(decision)
@@ -263,6 +264,7 @@ class ShardEngine:
             self.store.retract(chunk)
         with metrics.APPLY_SECONDS.time():
             published = self.store.apply(chunk, present, decision)
+        metrics.APPLIED_ELEMENTS.inc(chunk.size)
         with self.changed:
             self.store.published[chunk.index] = published
             if self.protocol.published(chunk):
@@ -347,9 +349,11 @@ class ShardEngine:
     # -- Reduction ------------------------------------------------------------------------------
 
     def _submit(self, job: ReductionJob) -> None:
+        metrics.JOBS_WAITING.inc()
         self._pool.submit(self._guarded, self._reduce, job, self.protocol.reduction(job.chunk.index))
 
     def _guarded(self, work: Callable[..., None], *arguments: object) -> None:
+        metrics.JOBS_WAITING.dec()
         try:
             work(*arguments)
         except BaseException as error:
@@ -378,6 +382,7 @@ class ShardEngine:
                     self.store.mean(job.chunk),
                     self.store.square_sums(job.chunk),
                 )
+                metrics.REDUCED_ELEMENTS.inc(job.chunk.size)
         with self.changed:
             if not self.protocol.is_current(job, reduction):
                 return

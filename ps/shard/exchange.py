@@ -11,11 +11,12 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ps.errors import MalformedFrame, Refusal, StaleFence, VersionGone
+from ps.errors import ConflictingContribution, MalformedFrame, Refusal, StaleFence, VersionGone
 from ps.shard import metrics
 from ps.shard.engine import ShardEngine
 from ps.shard.sharing import Sharing
-from ps.types import Fence
+from ps.telemetry.metrics import LinkBytes
+from ps.types import Fence, Role
 from ps.wire import frame
 from ps.wire.messages import (
     Ack,
@@ -53,6 +54,8 @@ class Exchange:
         self._cursor: _Cursor | None = None
         self._closed = False
         self._sharing = Sharing()
+        #: Until the worker has said who it is.
+        self._bytes = LinkBytes(Role.WORKER, -1)
 
     def close(self) -> None:
         """End `replies`; what was received stays."""
@@ -63,7 +66,7 @@ class Exchange:
 
     def receive(self, data: bytes) -> None:
         """Take one frame. A refusal is answered, never raised."""
-        metrics.RECEIVED_BYTES.inc(len(data))
+        self._bytes.received.inc(len(data))
         header: Header | None = None
         try:
             fields, payload = frame.decode(data)
@@ -75,6 +78,7 @@ class Exchange:
     def _handle(self, header: Header, payload: memoryview) -> None:
         if isinstance(header, Push):
             accepted = self._engine.push(header, self._sharing.payload(header, payload))
+            self._bytes.received.inc(header.place_bytes)
             self._reply(Ack(header.step, header.contribution, header.chunk, accepted.duplicate))
         elif isinstance(header, Initialize):
             duplicate = self._engine.initialize(header, payload)
@@ -92,6 +96,7 @@ class Exchange:
         with engine.changed:
             self._cursor = None
             engine.protocol.check(header)
+            self._bytes = LinkBytes(Role.WORKER, header.rank)
             if header.plan != engine.plan.digest:
                 raise MalformedFrame(
                     f"the worker's plan {header.plan[:12]} is not this shard's {engine.plan.digest[:12]}"
@@ -118,6 +123,8 @@ class Exchange:
 
     def _refuse(self, refusal: Refusal, header: Header | None) -> None:
         metrics.REFUSED_FRAMES.labels(refusal.code).inc()
+        if isinstance(refusal, ConflictingContribution):
+            metrics.CONFLICTS.inc()
         numbers = [getattr(header, name, -1) for name in ("step", "contribution", "chunk")]
         log.info("refused %s: %s", header.kind if header is not None else "a frame", refusal.message)
         self._reply(Refused(refusal.code, refusal.message[:1000], *numbers))
@@ -140,7 +147,7 @@ class Exchange:
                     reply = self._next()
             if reply is None:
                 return
-            metrics.SENT_BYTES.inc(len(reply))
+            self._bytes.sent.inc(len(reply))
             yield reply
 
     def _next(self) -> bytes | None:
@@ -178,9 +185,11 @@ class Exchange:
             if published.applied != request.applied:
                 if cursor.next == len(engine.chunks):
                     self._cursor = None
+                chunk = engine.chunks[cursor.next - 1]
                 if self._sharing.ready and published.notice:
+                    self._bytes.sent.inc(chunk.size * engine.store.dtype.itemsize)
                     return published.notice
-                return engine.store.frame(engine.chunks[cursor.next - 1])
+                return engine.store.frame(chunk)
         self._cursor = None
         return frame.encode(Unchanged(request.version, engine.protocol.applied).pack())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from ps.errors import Refusal
 from ps.telemetry.buckets import KERNEL_S
 from ps.telemetry.metrics import RECEIVED_BYTES, SENT_BYTES, STEP
 
@@ -15,14 +16,26 @@ REFUSED_FRAMES = Counter("windlass_refused_frames", "Frames that were refused, b
 CONFLICTS = Counter("windlass_conflicting_contributions", "Chunks that came again with other bits")
 REDUCE_SECONDS = Histogram("windlass_reduce_seconds", "Reducing or folding one chunk", buckets=KERNEL_S)
 APPLY_SECONDS = Histogram("windlass_apply_seconds", "Updating and publishing one chunk", buckets=KERNEL_S)
+REDUCED_ELEMENTS = Counter("windlass_reduced_elements", "Elements whose contributions were all reduced")
+APPLIED_ELEMENTS = Counter("windlass_applied_elements", "Elements that were updated")
+JOBS_WAITING = Gauge("windlass_kernel_jobs_waiting", "Kernel jobs that wait for a thread")
 SNAPSHOT_FAILURES = Counter("windlass_snapshot_failures", "Checkpoint files that could not be written")
 
+# From the start at zero: the first one is an increase as well.
+for _outcome in ("held", "duplicate"):
+    PUSHED_FRAMES.labels(_outcome)
+for _refusal in Refusal.__subclasses__():
+    REFUSED_FRAMES.labels(_refusal.code)
+
 __all__ = [
+    "APPLIED_ELEMENTS",
     "APPLY_SECONDS",
     "CONFLICTS",
     "ELEMENTS",
+    "JOBS_WAITING",
     "PUSHED_FRAMES",
     "RECEIVED_BYTES",
+    "REDUCED_ELEMENTS",
     "REDUCE_SECONDS",
     "REFUSED_FRAMES",
     "SENT_BYTES",

@@ -102,9 +102,28 @@ def test_a_shard_tells_its_state_and_gives_it_out(run: LaunchedRun) -> None:
 @pytest.mark.parametrize(
     ("role", "names"),
     [
-        ("coordinator", ["windlass_step", "windlass_workers_live 2.0", "windlass_loss_scale 65536.0"]),
-        ("shard", ["windlass_received_bytes_total", "windlass_apply_seconds_count"]),
-        ("worker", ["windlass_push_seconds_count", "windlass_compute_seconds_sum"]),
+        (
+            "coordinator",
+            [
+                'windlass_workers_live{rank="0",role="coordinator",run="run"} 2.0',
+                'windlass_loss_scale{rank="0",role="coordinator",run="run"} 65536.0',
+                'windlass_contributions_total{rank="0",role="coordinator",run="run",worker="worker-1"}',
+            ],
+        ),
+        (
+            "shard",
+            [
+                'windlass_received_bytes_total{peer="worker-0",rank="0",role="shard",run="run"}',
+                "windlass_apply_seconds_count",
+            ],
+        ),
+        (
+            "worker",
+            [
+                'windlass_sent_bytes_total{peer="shard-1",rank="0",role="worker",run="run"}',
+                "windlass_compute_seconds_sum",
+            ],
+        ),
     ],
 )
 def test_every_role_has_metrics(run: LaunchedRun, role: str, names: list[str]) -> None:

@@ -30,6 +30,7 @@ from ps.coordinator.machine import Machine
 from ps.coordinator.members import MemberState
 from ps.coordinator.recovery import Candidate, Inspection
 from ps.coordinator.run import Phase
+from ps.coordinator.timings import Spent
 from ps.errors import CheckpointDamaged, PeerUnavailable
 from ps.types import Applied, ContributionReport, Decision, ParameterTable, Prepared, Role, TensorSpec
 
@@ -228,7 +229,9 @@ class FakeRun:
         for shard in self.shards.values():
             if shard.has_state and shard.version == step:
                 shard.held.add(contribution)
-        self.machine.steps.contributed(worker.rank, self.machine.fence, step, contribution, 0.1, 0.01, 0.001)
+        self.machine.steps.contributed(
+            worker.rank, self.machine.fence, Spent(step, contribution, 0.1, 0.01, 0.001, 0.0)
+        )
 
     def report(self, shard: FakeShard) -> None:
         """A shard tells everything that it can say, as it does every second."""

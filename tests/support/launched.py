@@ -8,7 +8,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,15 @@ def tiny_job(folder: Path, name: str, *overrides: str) -> list[str]:
     ]
 
 
-def windlass(*arguments: str, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+def windlass(
+    *arguments: str, timeout_s: float = 120.0, cwd: Path | None = None, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
     command = [sys.executable, "-m", "workers.cli.main", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    variables = {**os.environ, **(environment or {})}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout_s, check=False, cwd=cwd, env=variables
+    )
 
 
 class LaunchedRun:

@@ -3,75 +3,29 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from ps.sharding import make_plan
-from ps.storage import checkpoint_folder, write_manifest
-from tests.support.checkpoints import make_manifest, write_shard_file
+from ps.storage import checkpoint_folder
+from tests.support.untrained import fresh_model, make_run, write_model
 from workers.cli import report
 from workers.cli.main import main
-from workers.config import JobConfig
 from workers.data.batches import HeldOut
 from workers.data.prepare import prepare
-from workers.launch import jobs
 from workers.launch.folder import RunFolder
 from workers.models.evaluate import evaluate_windows
-from workers.models.gpt import GPT
-from workers.models.groups import parameter_table
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with one checkpoint of two shards at version 40."""
-    base = tmp_path_factory.mktemp("inspect")
-    text = base / "text.txt"
-    text.write_text("".join(f"Line {n}: {n * n} is the square of {n}.\n" for n in range(4000)))
-    job = jobs.resolve(
-        None,
-        [
-            f"run_dir={base / 'run'}",
-            f'data.paths=["{text}"]',
-            f"data.cache_dir={base / 'cache'}",
-            "data.vocab_size=300",
-            "data.sequence_length=32",
-            "model.num_layers=1",
-            "model.hidden_size=64",
-            "evaluation.max_sequences=20",
-            "training.steps=50",
-        ],
-    )
-    folder = RunFolder(job.run_dir)
-    folder.write_job(job)
-    write_model(folder, job, 40)
+    text = "".join(f"Line {n}: {n * n} is the square of {n}.\n" for n in range(4000))
+    folder = make_run(tmp_path_factory.mktemp("inspect"), text)
+    write_model(folder, folder.read_job(), 40)
     return folder.path
-
-
-def fresh_model(job: JobConfig) -> GPT:
-    model = GPT(job.model, prepare(job.data).vocab_size, job.data.sequence_length)
-    model.initialize(job.seed)
-    return model
-
-
-def write_model(run: RunFolder, job: JobConfig, version: int) -> Path:
-    model = fresh_model(job)
-    plan = make_plan(parameter_table(model, job.optimizer.decay_all), 2)
-    arrays = {name: np.zeros(plan.size, np.float32) for name in ("weights", *MOMENTS)}
-    weights = dict(model.named_parameters())
-    for tensor, offset in zip(plan.table.tensors, plan.offsets, strict=True):
-        arrays["weights"][offset : offset + tensor.size] = weights[tensor.name].detach().numpy().ravel()
-    folder = checkpoint_folder(job.checkpoint_dir, version)
-    folder.mkdir(parents=True)
-    files = [write_shard_file(folder, plan, shard, arrays) for shard in range(2)]
-    manifest = make_manifest(plan, files, version, MOMENTS)
-    write_manifest(folder, replace(manifest, job=json.loads(run.config.read_text())))
-    return folder
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

@@ -13,6 +13,7 @@ import pytest
 from ps.errors import ConfigError, StartupError
 from ps.lifeline import Lifeline
 from ps.telemetry import logs
+from ps.wire.security import PLAIN
 from workers.cli import roles
 from workers.cli.main import main
 from workers.launch import environment, jobs
@@ -32,7 +33,8 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ((), ("--help",)):
         code, out, _ = run(capsys, *arguments)
         assert code == 0
-        for command in ("train", "resume", "evaluate", "sample", "digest", "coordinator", "shard", "worker"):
+        commands = ("train", "resume", "status", "plot", "evaluate", "sample", "digest", "export", "init", "validate")
+        for command in (*commands, "coordinator", "shard", "worker", "certs"):
             assert f"  {command} " in out
 
 
@@ -50,6 +52,8 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["sample", "no/such/run"], ["no/such/run holds no run"]),
         (["evaluate", "no/such/run"], ["no/such/run holds no run"]),
         (["digest", "no/such/run"], ["no/such/run holds no run"]),
+        (["status", "no/such/run"], ["no/such/run is neither a run folder", "HOST:PORT"]),
+        (["status", "a:0"], ["a:0 is neither"]),
         (["shard", "--index", "0"], ["--coordinator"]),
         (["shard", "--coordinator", "nowhere", "--index", "0"], ["--coordinator=nowhere", "HOST:PORT"]),
         (["shard", "--coordinator", "a:1", "--index", "0", "--listen", "a:99999"], ["--listen=a:99999"]),
@@ -112,7 +116,11 @@ def test_role_flags_come_from_the_command_line_or_the_environment(
     monkeypatch.setenv("WINDLASS_METRICS_LISTEN", "b:4")
     assert main(["shard"]) == 7
     assert main(["worker", "--device", "cpu"]) == 7
-    assert role == [("a:1", 2, "0.0.0.0:9", None), ("b:2", 3, "b:3", "b:4"), ("b:2", None, "cpu", "b:3", "b:4")]
+    assert role == [
+        ("a:1", 2, "0.0.0.0:9", None, PLAIN),
+        ("b:2", 3, "b:3", "b:4", PLAIN),
+        ("b:2", None, "cpu", "b:3", "b:4", PLAIN),
+    ]
 
 
 def test_a_roles_error_is_one_line(capsys: pytest.CaptureFixture[str], role: list[object]) -> None:
@@ -129,7 +137,7 @@ def test_the_coordinator_settles_the_job(
     assert main(arguments) == 7
     written = RunFolder(tmp_path / "run").read_job()
     assert written.batch.contributions_per_step == 3
-    assert role[0][1:] == (written.model_dump_json(), "127.0.0.1:0")  # type: ignore[index]
+    assert role[0][1:] == (written.model_dump_json(), "127.0.0.1:0", PLAIN)  # type: ignore[index]
     # The same command again is the same run; another job is refused unless it is asked for.
     assert main(arguments) == 7
     code, _, err = run(capsys, *arguments, "training.steps=7")
@@ -158,9 +166,14 @@ def test_nothing_but_a_worker_imports_torch() -> None:
         f"import sys, {modules}\n"
         "import windlass\n"
         "windlass.PsError, windlass.JobConfig, windlass.load_job, windlass.__version__\n"
-        "assert set(windlass.__all__) == {n for n in windlass.__all__ if getattr(windlass, n) is not None}\n"
+        # A client pushes and pulls: it needs the wire and the kernels, and still no torch.
+        "light = set(windlass.__all__) - {'Client', 'Work'}\n"
+        "assert light == {n for n in light if getattr(windlass, n) is not None}\n"
         "heavy = {'torch', 'tokenizers', 'numba', 'grpc'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
+        "windlass.Client, windlass.Work\n"
+        "import windlass.testing\n"
+        "assert not {'torch', 'tokenizers'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", check], check=True)
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from workers.launch.live import LiveDisplay
 from workers.launch.metrics import Progress, Tail, clock, last_evaluation
-from workers.launch.progress import BarDisplay, LineDisplay
+from workers.launch.progress import LineDisplay, choose_display
 
 
 def step(number: int, loss: float = 2.0) -> dict[str, Any]:
@@ -120,13 +121,21 @@ class GoneTerminal(io.StringIO):
 
 
 def test_a_terminal_that_is_gone_does_not_stop_a_run() -> None:
-    for display in (BarDisplay(GoneTerminal()), LineDisplay(GoneTerminal(), 1)):
+    for display in (LiveDisplay(GoneTerminal(), "runs/a"), LineDisplay(GoneTerminal(), 1)):
         progress = Progress(steps=10)
         display.open(progress)
         display.say("hello")
         display.show(step(0), progress)
         display.refresh()
         display.close()
+
+
+def test_who_watches_gets_a_view_and_who_reads_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    assert isinstance(choose_display(GoneTerminal(), 10, "runs/a"), LiveDisplay)
+    assert isinstance(choose_display(io.StringIO(), 10, "runs/a"), LineDisplay)
+    monkeypatch.setenv("TERM", "dumb")
+    assert isinstance(choose_display(GoneTerminal(), 10, "runs/a"), LineDisplay)
 
 
 def test_last_evaluation(path: Path) -> None:

@@ -245,3 +245,24 @@ def test_a_second_signal_kills_at_once() -> None:
     assert end(machine.tick(1.6, [killed(SHARD), killed(WORKER)])) is None
     assert end(machine.tick(1.7, [killed(COORDINATOR)])) == End(130, None, finished=False)
     assert machine.interrupt(1.8, signal.SIGINT) == []
+
+
+@pytest.mark.parametrize("member", EVERYBODY)
+def test_who_is_dismissed_stays_away_until_recalled(member: Member) -> None:
+    machine = running(restart_limit=0)
+    assert machine.recall(0.5, member) == []
+    assert signals(machine.dismiss(member)) == [(member, signal.SIGKILL)]
+    assert machine.tick(1.0, [killed(member)]) == []
+    assert machine.tick(1e3) == []
+    assert machine.phase is Phase.RUNNING
+    machine.recall(1e3, member)
+    assert started(machine.tick(1e3)) == [member]
+    # From now on its end is a death again.
+    assert machine.tick(1e3 + 1, [killed(member)]) != []
+
+
+def test_a_member_that_is_about_to_be_started_again_can_be_dismissed() -> None:
+    machine = running()
+    machine.tick(1.0, [killed(SHARD)])
+    machine.dismiss(SHARD)
+    assert started(machine.tick(1e3)) == []

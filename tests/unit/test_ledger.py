@@ -102,6 +102,17 @@ def test_a_pull_is_complete_when_all_chunks_are_there() -> None:
     assert pulling.complete
 
 
+def test_nothing_has_come_until_a_chunk_or_an_answer_has() -> None:
+    pulling = make_pulling()
+    assert not pulling.chunk(0, 0, 5)
+    assert pulling.untouched
+    assert pulling.chunk(0, 0, 6)
+    assert not pulling.untouched
+    skipped = make_pulling()
+    assert skipped.same(1, 5)
+    assert not skipped.untouched
+
+
 def test_chunks_of_another_version_do_not_count() -> None:
     pulling = make_pulling()
     assert not pulling.chunk(0, 0, 5)

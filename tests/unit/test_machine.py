@@ -125,7 +125,7 @@ def test_nothing_is_decided_before_checkpoint_0(run: FakeRun) -> None:
     assert run.machine.phase is Phase.RUNNING
     assert all(shard.held == {0, 1} for shard in run.shards.values())
     assert run.of(TellDecision) == []
-    assert run.machine.waiting_for(run.now) == "step 0: waiting for checkpoint of version 0"
+    assert run.machine.waiting_for(run.now).startswith("step 0: waiting for shard 0 (to write checkpoint 0) since ")
     for index, shard in run.shards.items():
         run.disk = True
         run._write(shard, 0)
@@ -517,7 +517,7 @@ def test_a_shard_that_is_away_is_waited_for(run: FakeRun) -> None:
     run.step(0.5)
     run.settle(5)
     assert run.machine.state.version == 2
-    assert run.machine.waiting_for(run.now).startswith("waiting for shard 1, last seen 0.")
+    assert run.machine.waiting_for(run.now).startswith("step 2: waiting for shard 1 (to come back) since 0.")
     # The same life comes back: nothing is lost, nothing is loaded, and the decision is told again.
     before = len(run.of(Configure))
     run.join_shard(1, again=True)
@@ -831,31 +831,40 @@ def test_nobody_came_in_time(tmp_path: Path) -> None:
     run.step(4.0)
     assert not run.ended
     run.step(2.0)
-    assert run.end == End(False, "waiting for shard 1, never seen; membership.start_timeout_s is over")
+    assert run.end == End(
+        False,
+        "gathering: waiting for shard 1 (to come) since 6.0 s, never seen; any worker (to come) since 6.0 s; "
+        "membership.start_timeout_s is over",
+    )
 
 
 # -- What is waited for -------------------------------------------------------------------------
 
 
 def test_every_wait_names_what_it_waits_for(run: FakeRun) -> None:
-    assert run.machine.waiting_for(1.0) == "waiting for shard 0, never seen, shard 1, never seen"
+    assert run.machine.waiting_for(1.0) == (
+        "gathering: waiting for shard 0 (to come) since 1.0 s, never seen; shard 1 (to come) since 1.0 s, never seen; "
+        "any worker (to come) since 1.0 s"
+    )
     run.join_shard(0)
     run.join_shard(1)
     run.step(2.0)
-    assert run.machine.waiting_for(run.now) == "waiting for a worker; none is there after 2.0 s"
+    assert run.machine.waiting_for(run.now) == "gathering: waiting for any worker (to come) since 2.0 s"
     run.join_worker(0)
     run.join_worker(1)
     run.run_to(2)
     run.workers[1].idle = True
-    run.settle(3)
+    run.settle(10)
     run.step(4.0)
     assert run.machine.waiting_for(run.now) == (
-        f"step 2: waiting for worker 1, last seen {run.now - run.member(Role.WORKER, 1).last_seen:.1f} s ago "
-        "(contributions [1])"
+        f"step 2: waiting for worker 1 (contribution 1) since 4.1 s, "
+        f"last seen {run.now - run.member(Role.WORKER, 1).last_seen:.1f} s ago"
     )
     run.machine.disconnect(run.member(Role.SHARD, 0), run.now)
     run.step(1.5)
-    assert run.machine.waiting_for(run.now) == "waiting for shard 0, last seen 1.5 s ago"
+    assert run.machine.waiting_for(run.now) == (
+        "step 2: waiting for shard 0 (to come back) since 0.0 s, last seen 1.5 s ago"
+    )
 
 
 def test_an_unknown_candidate_is_never_chosen_over_a_newer_one(tmp_path: Path, run: FakeRun) -> None:

@@ -11,6 +11,7 @@ import pytest
 from ps.coordinator.actions import Configure, Control, Record, TellDeal, TellDecision, TellSnapshot
 from ps.coordinator.dealing import Dealing
 from ps.coordinator.recorder import Recorder
+from ps.coordinator.timings import Spent
 from ps.errors import MismatchError, PeerUnavailable, StaleFence
 from ps.types import Fence, Role
 from tests.support.fake_run import FakeRun, make_config
@@ -209,7 +210,7 @@ def test_a_contribution_that_was_complete_before_a_rollback_is_not_complete_afte
     step = run.machine.state.version
     before = steps.outstanding(0)[0]
     assert before
-    steps.contributed(0, Fence(old.term, old.epoch - 1), step, before[0], 0.1, 0.1, 0.1)
+    steps.contributed(0, Fence(old.term, old.epoch - 1), Spent(step, before[0], 0.1, 0.1, 0.1, 0.0))
     assert steps.outstanding(0)[0] == before
-    steps.contributed(0, old, step, before[0], 0.1, 0.1, 0.1)
+    steps.contributed(0, old, Spent(step, before[0], 0.1, 0.1, 0.1, 0.0))
     assert steps.outstanding(0)[0] == before[1:]

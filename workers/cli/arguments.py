@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ps.errors import StartupError
+from workers.cli.completion import complete_job, complete_override
 
 
 class Level(StrEnum):
@@ -32,14 +33,33 @@ Job = Annotated[
     typer.Argument(
         metavar="[job.yaml] [key=value ...]",
         help="A job file, and what to change in it, such as optimizer.lr=1e-3.",
+        autocompletion=complete_job,
     ),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[key=value ...]", help="What to change, such as training.steps=1000."),
+    typer.Argument(
+        metavar="[key=value ...]",
+        help="What to change, such as training.steps=1000.",
+        autocompletion=complete_override,
+    ),
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 RunOrCheckpoint = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint in one.")]
+
+TokenizerFile = Annotated[
+    Path | None,
+    typer.Option("--tokenizer", metavar="FILE", help="A tokenizer.json. Default: the one in the run folder."),
+]
+
+Certificates = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="WINDLASS_CERTIFICATES",
+        metavar="DIR",
+        help="A certificate's folder, or one of `windlass certs init`. Default: no TLS.",
+    ),
+]
 
 
 def require_worker_extra(who: str) -> None:

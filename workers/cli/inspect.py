@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from workers.cli.arguments import RunOrCheckpoint, require_worker_extra
+from workers.cli.arguments import RunOrCheckpoint, TokenizerFile, require_worker_extra
 from workers.launch.folder import find_checkpoint
 from workers.launch.metrics import evaluation_line
 
@@ -18,7 +18,7 @@ def evaluate(run: RunOrCheckpoint) -> int:
 
     from workers.engine import restore
 
-    restored = restore.load_model(folder)
+    restored = restore.load_model(run)
     print(f"{folder} (step {restored.version}): {evaluation_line(restore.evaluate(restored))}")
     return 0
 
@@ -30,14 +30,15 @@ def sample(
     temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest token always.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Choose among so many of the likeliest; 0: among all.")] = 50,
     seed: Annotated[int, typer.Option(min=0, help="The same seed writes the same text.")] = 1,
+    tokenizer: TokenizerFile = None,
 ) -> int:
     """Let the newest checkpoint write."""
-    folder = find_checkpoint(run)
+    find_checkpoint(run)
     require_worker_extra("sampling")
 
     from workers.engine import restore
 
-    print(restore.write(restore.load_model(folder), prompt, tokens, temperature, top_k, seed))
+    print(restore.write(restore.load_model(run, tokenizer), prompt, tokens, temperature, top_k, seed))
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ps.errors import ConfigError, PsError
-from workers.cli import inspect, roles, train
+from workers.cli import before, certs, export, inspect, plot, roles, status, train
 from workers.launch.processes import ERROR_PREFIX
 
 # The root of "wrong usage" in whichever click this typer brings.
@@ -19,16 +19,20 @@ _CLICK_ERROR: type[Exception] = next(kind for kind in typer.BadParameter.__mro__
 
 app = typer.Typer(
     help="A sharded parameter server for PyTorch.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 _COMMANDS: tuple[Callable[..., int], ...] = (
+    before.init,
+    before.validate,
     train.train,
     train.resume,
     inspect.evaluate,
     inspect.sample,
     inspect.digest,
+    export.export,
+    status.status,
+    plot.plot,
     train.prepare,
     roles.coordinator,
     roles.shard,
@@ -36,6 +40,7 @@ _COMMANDS: tuple[Callable[..., int], ...] = (
 )
 for _command in _COMMANDS:
     app.command()(_command)
+app.add_typer(certs.app, name="certs")
 
 
 def _print_version(wanted: bool) -> None:

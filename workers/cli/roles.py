@@ -16,7 +16,8 @@ from ps.errors import ConfigError
 from ps.lifeline import Lifeline
 from ps.telemetry import logs
 from ps.types import Role
-from workers.cli.arguments import Device, Job, Level, require_worker_extra
+from ps.wire.security import load_security, refuse_exposure
+from workers.cli.arguments import Certificates, Device, Job, Level, require_worker_extra
 from workers.config import JobConfig
 from workers.launch import environment, jobs
 from workers.launch.folder import RunFolder
@@ -42,6 +43,10 @@ LogLevel = Annotated[
     Level | None,
     typer.Option(envvar="WINDLASS_LOG_LEVEL", help="How much is logged. Default: info."),
 ]
+Insecure = Annotated[
+    bool,
+    typer.Option("--insecure", envvar="WINDLASS_INSECURE", help="Serve other hosts without certificates."),
+]
 
 
 def coordinator(
@@ -51,6 +56,8 @@ def coordinator(
         bool,
         typer.Option("--resume", envvar="WINDLASS_RESUME", help="The run folder's job may be replaced by this one."),
     ] = False,
+    certificates: Certificates = None,
+    insecure: Insecure = False,
     log_level: LogLevel = None,
 ) -> int:
     """Start the coordinator, which decides.
@@ -60,11 +67,15 @@ def coordinator(
     resolved = jobs.resolve(*jobs.split_arguments(job or ()))
     _check_address("--listen", listen)
     _begin(Role.COORDINATOR, None, log_level or Level(resolved.launch.log_level))
+    wanted = resolved.security
+    security = load_security(certificates or wanted.certificates, insecure or wanted.insecure, Role.COORDINATOR)
+    # Before the job is written: with another one, the folder would hold another run.
+    refuse_exposure(listen, security)
     text = _settle(resolved, resume).model_dump_json()
 
     from ps.coordinator import app
 
-    return _end(app.run(from_json(RunConfig, text), text, listen))
+    return _end(app.run(from_json(RunConfig, text), text, listen, security))
 
 
 def shard(
@@ -72,6 +83,8 @@ def shard(
     index: Annotated[int, typer.Option(envvar="WINDLASS_INDEX", min=0, help="Which shard: 0..S-1.")],
     listen: Listen = "127.0.0.1:0",
     metrics_listen: MetricsListen = None,
+    certificates: Certificates = None,
+    insecure: Insecure = False,
     log_level: LogLevel = None,
 ) -> int:
     """Start a shard, which keeps weights.
@@ -82,10 +95,11 @@ def shard(
     _check_address("--listen", listen)
     _check_address("--metrics-listen", metrics_listen)
     _begin(Role.SHARD, index, log_level)
+    security = load_security(certificates, insecure, Role.SHARD)
 
     from ps.shard import app
 
-    return _end(app.run(coordinator, index, listen, metrics_listen))
+    return _end(app.run(coordinator, index, listen, metrics_listen, security))
 
 
 def worker(
@@ -100,6 +114,8 @@ def worker(
     ] = None,
     listen: Listen = "127.0.0.1:0",
     metrics_listen: MetricsListen = None,
+    certificates: Certificates = None,
+    insecure: Insecure = False,
     log_level: LogLevel = None,
 ) -> int:
     """Start a worker, which computes gradients."""
@@ -108,10 +124,11 @@ def worker(
     _check_address("--metrics-listen", metrics_listen)
     require_worker_extra("a worker")
     _begin(Role.WORKER, rank, log_level)
+    security = load_security(certificates, insecure, Role.WORKER)
 
     from workers.engine import app
 
-    return _end(app.run(coordinator, rank, device, listen, metrics_listen))
+    return _end(app.run(coordinator, rank, device, listen, metrics_listen, security))
 
 
 def _begin(role: Role, rank: int | None, log_level: Level | None) -> None:

@@ -7,8 +7,11 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 from ps.lifeline import Lifeline
+from ps.types import Role
+from ps.wire.security import CLIENT, Security, load_security, refuse_exposure
 from workers.cli import report
 from workers.cli.arguments import Job, Overrides, Run, require_worker_extra
 from workers.config import JobConfig
@@ -61,8 +64,9 @@ def prepare(job: Job = None) -> int:
 def _launch(job: JobConfig, resume: bool) -> int:
     require_worker_extra("training")
     logging.getLogger("workers").addHandler(logging.NullHandler())
+    security = _security(job)
     folder = RunFolder(job.run_dir)
-    display = choose_display(sys.stdout, job.launch.progress_every_steps)
+    display = choose_display(sys.stdout, job.launch.progress_every_steps, str(folder.path), security)
     command = RoleCommands(job, folder.config, resume)
     launcher = Launcher(job, folder, command, windlass("prepare", str(folder.config)), display)
     started = time.monotonic()
@@ -74,3 +78,20 @@ def _launch(job: JobConfig, resume: bool) -> int:
     elif folder.holds_run():
         print(f"go on with: windlass resume {folder.path}")
     return end.exit_code
+
+
+def _security(job: JobConfig) -> Security:
+    """See that the roles will not be refused their certificates or their address, before the folder holds a run.
+
+    Returns:
+        What the launcher itself asks the coordinator with.
+
+    Raises:
+        StartupError: they would be.
+    """
+    given = job.security.certificates or os.environ.get("WINDLASS_CERTIFICATES")
+    insecure = job.security.insecure or "WINDLASS_INSECURE" in os.environ
+    for role in Role:
+        security = load_security(Path(given) if given else None, insecure, role)
+        refuse_exposure(f"{job.launch.host}:0", security)
+    return load_security(Path(given) if given else None, insecure, CLIENT)

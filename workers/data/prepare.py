@@ -143,6 +143,11 @@ def prepare(config: DataConfig, on_progress: Progress | None = None) -> Prepared
     return prepared
 
 
+def open_prepared(folder: Path) -> PreparedData | None:
+    """Open an entry of the cache, without its text; None when it is not there or damaged."""
+    return _load(folder)
+
+
 def _source_digest(files: Sequence[Path]) -> str:
     """Hash the contents and kinds of the files, not their places: the same text has one cache entry."""
     total = hashlib.sha256()
@@ -173,7 +178,7 @@ def _load(folder: Path) -> PreparedData | None:
             (_TRAIN, sidecar.train_digest),
             (_VALIDATION, sidecar.validation_digest),
         ):
-            if _hash_file(folder / name) != digest:
+            if hash_file(folder / name) != digest:
                 raise ValueError(f"{name} does not have its digest")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         logger.warning("the tokenized text in %s is damaged and will be made again: %s", folder, error)
@@ -231,9 +236,9 @@ def _write(folder: Path, files: Sequence[Path], source_digest: str, config: Data
         format_version=FORMAT_VERSION,
         dtype=dtype,
         vocab_size=vocab_size,
-        tokenizer_digest=_hash_file(folder / _TOKENIZER),
-        train_digest=_hash_file(folder / _TRAIN),
-        validation_digest=_hash_file(folder / _VALIDATION),
+        tokenizer_digest=hash_file(folder / _TOKENIZER),
+        train_digest=hash_file(folder / _TRAIN),
+        validation_digest=hash_file(folder / _VALIDATION),
         source_digest=source_digest,
         **counts,
     ).save(folder / _SIDECAR)
@@ -280,7 +285,7 @@ def _hash_json(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """XXH3-128: fast enough to check everything at every start."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:

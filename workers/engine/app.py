@@ -21,12 +21,15 @@ from ps.config import from_json
 from ps.kernels.compile import warm_up_worker
 from ps.sharding import make_plan
 from ps.telemetry import logs
-from ps.telemetry.exporter import serve_metrics
+from ps.telemetry.exporter import identify, serve_metrics
+from ps.types import Role
 from ps.wire.health import Health, enable_reflection
 from ps.wire.options import bind, make_server, reachable
+from ps.wire.security import PLAIN, Security
 from ps.wire.session import Session
 from workers.config import JobConfig
 from workers.data.batches import HeldOut, TokenBatches
+from workers.data.kept import keep_where_the_run_is
 from workers.data.prepare import PreparedData, prepare
 from workers.engine import device
 from workers.engine.compute import Contributor
@@ -70,6 +73,7 @@ def run(
     device_name: str | None,
     listen: str,
     metrics_listen: str | None,
+    security: Security = PLAIN,
     start_timeout_s: float = 120.0,
 ) -> int:
     """Run one worker until the end of the run; returns the exit code.
@@ -80,6 +84,7 @@ def run(
         device_name: None: as the job says.
         listen: host:port of the health service; port 0 takes any.
         metrics_listen: host:port of the Prometheus exporter; None: no exporter.
+        security: its certificates, if any.
 
     Raises:
         PsError: why it could not start, or ended; one line.
@@ -87,11 +92,12 @@ def run(
     server = make_server(HEALTH_THREADS)
     health = Health(server, HEALTH_SERVICE)
     enable_reflection(server, [])
-    address = f"{reachable(listen)}:{bind(server, listen)}"
+    address = f"{reachable(listen)}:{bind(server, listen, security)}"
     server.start()
     metrics_address = f"{reachable(metrics_listen)}:{serve_metrics(metrics_listen)}" if metrics_listen else ""
     try:
-        joined = join(coordinator, rank, device_name, GrpcTransport(), start_timeout_s, address, metrics_address)
+        transport = GrpcTransport(security)
+        joined = join(coordinator, rank, device_name, transport, start_timeout_s, address, metrics_address, security)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: joined.worker.leave())
         health.serving()
@@ -111,6 +117,7 @@ def join(
     start_timeout_s: float,
     address: str = "",
     metrics_address: str = "",
+    security: Security = PLAIN,
 ) -> Joined:
     """Register, and prepare everything that the run needs of this worker.
 
@@ -133,10 +140,11 @@ def join(
     def on_connect() -> None:
         session.send(model=model_message[0])
 
-    session = Session(coordinator, member, lambda message: inbox.put(Said(message)), on_connect)
+    session = Session(coordinator, member, lambda message: inbox.put(Said(message)), on_connect, security)
     response = session.register(start_timeout_s)
     logs.bind(rank=int(response.rank))
     job = from_json(JobConfig, response.job)
+    identify(job.run_name, Role.WORKER, int(response.rank))
     session.doing("loading the data and the model")
     data = prepare(job.data)
     worker, client, message = _build(
@@ -184,7 +192,7 @@ def _build(
     client = ParameterClient(
         transport, inbox, int(session.member.rank), incarnation, table, flat, Sharing(job.launch.transport)
     )
-    worker = Worker(session, inbox, client, contributor, slots, wire)
+    worker = Worker(session, inbox, client, contributor, slots, wire, partial(keep_where_the_run_is, job, data))
     log.info("%d parameters in %s on %s", table.num_parameters, dtype, chosen)
     message = pb.Model(table=table.packed(), data_digest=data.digest, evaluation_parts=contributions)
     return worker, client, message

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
 from ps.config import validate
 from ps.coordinator.evaluation import Evaluation
@@ -17,7 +18,7 @@ from ps.types import WireDtype
 from workers.config import JobConfig
 from workers.data.batches import HeldOut
 from workers.data.bpe import END_OF_TEXT
-from workers.data.prepare import PreparedData, prepare
+from workers.data.kept import Vocabulary, find, open_text
 from workers.launch.folder import find_checkpoint
 from workers.models.evaluate import evaluate_windows
 from workers.models.generate import decode, generate
@@ -32,32 +33,36 @@ class Restored:
     """A model as the workers had it, and what goes with it."""
 
     model: GPT
-    data: PreparedData
+    vocabulary: Vocabulary
     job: JobConfig
     #: Decided steps.
     version: int
 
 
-def load_model(path: Path) -> Restored:
+def load_model(path: Path, tokenizer: Path | None = None) -> Restored:
     """Load the newest checkpoint of a run folder, or a checkpoint folder.
 
     The weights are float32 and have the values that the workers computed with: those of the wire.
 
+    Args:
+        path: the run folder, or the checkpoint.
+        tokenizer: a tokenizer.json to use instead of the run folder's.
+
     Raises:
         CheckpointNotFound, CheckpointDamaged, StorageError: there is none, or it cannot be used.
         MismatchError: it holds another model than its job says.
-        DataError: the text, which the tokenizer comes from, cannot be read.
+        DataError: there is no tokenizer, and no text to train it on again.
     """
     folder = find_checkpoint(path)
     manifest, _ = read_manifest(folder)
     job = validate(JobConfig, manifest.job)
-    data = prepare(job.data)
-    model = GPT(job.model, data.vocab_size, job.data.sequence_length)
+    vocabulary = find(path, folder, manifest, tokenizer)
+    model = GPT(job.model, vocabulary.size, job.data.sequence_length)
     with CheckpointReader(folder, manifest) as reader:
         reader.verify()
         _fill(model, reader, manifest, job)
     model.eval()
-    return Restored(model, data, job, manifest.version)
+    return Restored(model, vocabulary, job, manifest.version)
 
 
 @torch.no_grad()
@@ -85,9 +90,15 @@ def _fill(model: GPT, reader: CheckpointReader, manifest: Manifest, job: JobConf
 
 
 def evaluate(restored: Restored) -> dict[str, Any]:
-    """Compute the held-out loss as the cluster does: the fields of an evaluation's line in metrics.jsonl."""
+    """Compute the held-out loss as the cluster does: the fields of an evaluation's line in metrics.jsonl.
+
+    Raises:
+        DataError: text and cache are gone.
+        MismatchError: the text is another one by now.
+    """
     job = restored.job
-    held_out = HeldOut(restored.data, job.data.sequence_length, job.evaluation.max_sequences, parts=1)
+    data = open_text(job, restored.vocabulary)
+    held_out = HeldOut(data, job.data.sequence_length, job.evaluation.max_sequences, parts=1)
     loss_sum, tokens = evaluate_windows(restored.model, held_out.part(0), job.batch.micro_batch_size)
     evaluation = Evaluation(restored.version, parts=1)
     evaluation.add(0, loss_sum, tokens, held_out.bytes_of(0))
@@ -105,10 +116,10 @@ def write(restored: Restored, prompt: str, tokens: int, temperature: float, top_
         top_k: choose among so many of the likeliest; 0: among all.
         seed: the same seed writes the same text.
     """
-    tokenizer = restored.data.tokenizer()
+    tokenizer = Tokenizer.from_file(str(restored.vocabulary.tokenizer_path))
     end = tokenizer.token_to_id(END_OF_TEXT)
     # Of a single document the model has never seen a beginning, only what comes after it.
-    first = int(restored.data.validation()[0])
+    first = restored.vocabulary.first_token
     given = tokenizer.encode(prompt).ids or [first]
     prompt = prompt or decode(tokenizer, [first] if first != end else [])
     return prompt + decode(tokenizer, generate(restored.model, given, tokens, temperature, top_k, seed, stop_token=end))

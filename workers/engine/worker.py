@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from protos.ps.v1 import coordinator_pb2 as pb
@@ -47,6 +48,8 @@ class Spent:
     compute_s: float = 0.0
     push_s: float = 0.0
     pull_s: float = 0.0
+    #: The part of `pull_s` before the first of the weights came.
+    wait_s: float = 0.0
 
 
 class Worker:
@@ -60,18 +63,29 @@ class Worker:
         contributor: Contributor,
         slots: int,
         wire: WireDtype,
+        on_work: Callable[[], None] = lambda: None,
     ) -> None:
+        """Tie the parts together.
+
+        Args:
+            on_work: called before the first contribution: by then the coordinator has found model and data
+                to be the run's.
+        """
         self._session = session
         self._inbox = inbox
         self._client = client
         self._contributor = contributor
         self._slots = slots
         self._wire = wire
+        self._on_work = on_work
+        self._has_worked = False
         self._fence = Fence(0, 0)
         self._work: Work | None = None
         self._spent: dict[int, Spent] = {}
         self._pull_started: float | None = None
         self._pull_s = 0.0
+        self._arrived_at: float | None = None
+        self._wait_s = 0.0
         #: Nothing was computed under the present fence yet.
         self._is_fresh = True
         self._end: pb.End | None = None
@@ -107,6 +121,7 @@ class Worker:
                 self._said(event.message)
             else:
                 self._client.handle(event)
+                self._note_arrival()
             event = self._inbox.get(0.0)
         self._client.links.tick()
         self._report_completed()
@@ -125,7 +140,7 @@ class Worker:
         self._fence = from_proto(Fence, cluster.fence)
         self._work = None
         self._spent.clear()
-        self._pull_started = None
+        self._pull_started = self._arrived_at = None
         self._is_fresh = True
         addresses = [member.address for member in cluster.shards]
         self._client.open(
@@ -176,6 +191,7 @@ class Worker:
                     push_s=spent.push_s,
                     pull_s=spent.pull_s,
                     fence=to_proto(self._fence),
+                    wait_s=spent.wait_s,
                 )
             )
 
@@ -213,11 +229,17 @@ class Worker:
         self._session.doing(f"step {work.step}: waiting for weights")
         self._client.pull(work.step, work.applied)
 
+    def _note_arrival(self) -> None:
+        """What comes before the first of the weights is waiting for the decision, not transfer."""
+        if self._pull_started is not None and self._arrived_at is None and not self._client.is_waiting:
+            self._arrived_at = time.monotonic()
+            self._wait_s = self._arrived_at - self._pull_started
+
     def _note_pulled(self) -> None:
         if self._pull_started is not None:
             self._pull_s = time.monotonic() - self._pull_started
             worker_metrics.PULL_SECONDS.observe(self._pull_s)
-            self._pull_started = None
+            self._pull_started = self._arrived_at = None
 
     def _evaluate(self, work: Work, part: int) -> None:
         self._note_pulled()
@@ -231,6 +253,9 @@ class Worker:
         self._note_pulled()
         self._session.doing(f"step {work.step}: computing contribution {contribution}")
         self._client.forget_buffer()
+        if not self._has_worked:
+            self._has_worked = True
+            self._on_work()
         if self._is_fresh:
             # Preparing the data, sending initial values: none of it comes again.
             self._is_fresh = False
@@ -242,8 +267,8 @@ class Worker:
         ended = time.monotonic()
         worker_metrics.COMPUTE_SECONDS.observe(pushing - started)
         worker_metrics.PUSH_SECONDS.observe(ended - pushing)
-        self._spent[contribution] = Spent(pushing - started, ended - pushing, self._pull_s)
-        self._pull_s = 0.0
+        self._spent[contribution] = Spent(pushing - started, ended - pushing, self._pull_s, self._wait_s)
+        self._pull_s = self._wait_s = 0.0
         if not work.contributions:
             # The next version is asked for before it is decided, so that its first chunk comes at once.
             self._pull_started = time.monotonic()

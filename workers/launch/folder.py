@@ -2,6 +2,8 @@
 
 config.json          the resolved job
 metrics.jsonl        a line per step and per evaluation
+tokenizer.json       the tokenizer, kept by a worker that has the folder (workers.data.kept)
+data.json            what else must be known of the text
 cluster.json         who serves where, rewritten by the coordinator at each change
 targets.json         the same for Prometheus (file_sd)
 logs/<role>-<rank>.log
@@ -111,6 +113,20 @@ class RunFolder:
         os.ftruncate(lock, 0)
         os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
         return lock
+
+    def is_held(self) -> bool:
+        """Whether a launcher or a role of it has the folder, on this host."""
+        try:
+            lock = os.open(self._lock, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(lock)
+        return False
 
     def holder(self) -> str:
         """The pid of the launcher that took the folder last, for messages."""

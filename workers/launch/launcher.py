@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -25,6 +26,8 @@ ORPHANS_END_S = 8.0
 
 #: The command line of a role, given the coordinator's address (None: it has none yet).
 RoleCommand = Callable[[Member, str | None], Sequence[str]]
+#: What another thread has the launcher's do with its supervisor.
+Change = Callable[[Supervisor], Sequence[Action]]
 
 
 class Launcher:
@@ -36,6 +39,8 @@ class Launcher:
         command: how each role is started.
         prepare: a command that prepares the data and prints what it does. None: nothing to prepare.
         display: where to say what happens.
+        signals: what asks it to stop; `Requests` where the launcher is not the main thread.
+        workers: how many are started; None: `cluster.workers`.
     """
 
     def __init__(
@@ -45,15 +50,19 @@ class Launcher:
         command: RoleCommand,
         prepare: Sequence[str] | None,
         display: Display,
+        signals: Callable[[], Signals] = Signals,
+        workers: int | None = None,
     ) -> None:
         self._job = job
         self._folder = folder
         self._command = command
         self._prepare_command = prepare
         self._display = display
+        self._signals = signals
+        self._changes: queue.SimpleQueue[Change] = queue.SimpleQueue()
         self._supervisor = Supervisor(
             job.cluster.shards,
-            job.cluster.workers,
+            job.cluster.workers if workers is None else workers,
             job.launch.restart_limit,
             job.membership.start_timeout_s,
             job.checkpoint.timeout_s,
@@ -78,7 +87,7 @@ class Launcher:
         if fresh:
             refuse_run(self._folder)
         with ExitStack() as stack:
-            signals = stack.enter_context(Signals())
+            signals = stack.enter_context(self._signals())
             lock = self._lock(signals)
             stack.callback(os.close, lock)
             if fresh:
@@ -103,6 +112,14 @@ class Launcher:
             if fresh:
                 self._folder.config.unlink()
             return stopped
+
+    def change(self, change: Change) -> None:
+        """Have the launcher's thread call `change` and carry out what it returns; from any thread."""
+        self._changes.put(change)
+
+    def pids(self) -> dict[Member, int]:
+        """The processes that were started and have not ended; from any thread."""
+        return {member: process.pid for member, process in self._processes.copy().items()}
 
     def _lock(self, signals: Signals) -> int:
         lock = self._folder.try_lock()
@@ -160,6 +177,8 @@ class Launcher:
                 now = time.monotonic()
                 for signum in asked:
                     self._do(self._supervisor.interrupt(now, signum))
+                while not self._changes.empty():
+                    self._do(self._changes.get()(self._supervisor))
                 self._look_at_cluster()
                 self._do(self._supervisor.tick(now, self._exits()))
                 self._follow(tail, progress)
@@ -186,6 +205,7 @@ class Launcher:
         for member in members:
             if member.get("role") == COORDINATOR.role.value and member.get("pid") == coordinator.pid:
                 self._address = str(member["address"])
+                self._display.reachable(self._address)
                 self._do(self._supervisor.reachable())
 
     def _do(self, actions: Sequence[Action]) -> None:
@@ -209,6 +229,7 @@ class Launcher:
         log = self._folder.log(str(member))
         try:
             self._processes[member] = LoggedProcess.start(command, environment, log, self._inherited)
+            self._display.started(member.role.value, member.rank, self._processes[member].pid)
         except OSError as error:
             raise StartupError(f"{member} cannot be started: {error}") from None
 

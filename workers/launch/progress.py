@@ -1,15 +1,12 @@
-"""Showing how a run goes: a bar on a terminal, else a line every few steps."""
+"""Showing how a run goes: a live view on a terminal (`workers.launch.live`), else a line every few steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
 from contextlib import suppress
 from typing import TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn
-from rich.progress import Progress as Bar
-
+from ps.wire.security import PLAIN, Security
 from workers.launch.metrics import Progress, Record, evaluation_line
 
 
@@ -22,6 +19,12 @@ class Display:
 
     def open(self, progress: Progress) -> None:
         """The roles start, at this progress."""
+
+    def started(self, role: str, rank: int, pid: int) -> None:
+        """A process was started, perhaps in the place of one that has ended."""
+
+    def reachable(self, address: str) -> None:
+        """The coordinator serves at this host:port; it may be started again there."""
 
     def show(self, record: Record, progress: Progress) -> None:
         """A record has come, and this is the progress with it."""
@@ -60,53 +63,10 @@ class LineDisplay(Display):
             self.say(str(progress))
 
 
-class BarDisplay(Display):
-    """For a terminal.
+def choose_display(stream: TextIO, every_steps: int, run_dir: str, security: Security = PLAIN) -> Display:
+    """A live view if somebody watches, else lines."""
+    if stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb"):
+        from workers.launch.live import LiveDisplay
 
-    Args:
-        stream: the terminal.
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        self._bar = Bar(
-            BarColumn(bar_width=24),
-            TextColumn("{task.description}", markup=False),
-            console=Console(file=stream, highlight=False),
-            # Drawn from the launcher's loop: a terminal that is gone must not fail in a thread of rich's.
-            auto_refresh=False,
-        )
-        self._task: TaskID | None = None
-
-    def say(self, text: str) -> None:
-        self._draw(lambda: self._bar.console.print(text, markup=False, soft_wrap=True))
-
-    def open(self, progress: Progress) -> None:
-        self._task = self._bar.add_task("starting", total=progress.steps, completed=progress.version)
-        self._draw(self._bar.start)
-
-    def show(self, record: Record, progress: Progress) -> None:  # noqa: ARG002
-        self._update(progress)
-
-    def went_back(self, progress: Progress) -> None:
-        super().went_back(progress)
-        self._update(progress)
-
-    def refresh(self) -> None:
-        self._draw(self._bar.refresh)
-
-    def close(self) -> None:
-        self._draw(self._bar.stop)
-
-    def _update(self, progress: Progress) -> None:
-        if self._task is not None:
-            self._bar.update(self._task, completed=progress.version, description=str(progress))
-
-    @staticmethod
-    def _draw(draw: Callable[[], None]) -> None:
-        with suppress(OSError):
-            draw()
-
-
-def choose_display(stream: TextIO, every_steps: int) -> Display:
-    """A bar if somebody watches, else lines."""
-    return BarDisplay(stream) if stream.isatty() else LineDisplay(stream, every_steps)
+        return LiveDisplay(stream, run_dir, security)
+    return LineDisplay(stream, every_steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import signal
 import socket
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -49,3 +50,30 @@ class Signals:
         except BlockingIOError:
             return []
         return [signal.Signals(number) for number in received if number in ASKS_TO_STOP]
+
+
+class Requests(Signals):
+    """The same for a launcher that runs in a thread: what asks it to stop is another thread, not a signal."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hear nothing more. Idempotent."""
+        self._reader.close()
+        self._writer.close()
+
+    def ask(self, signum: signal.Signals) -> None:
+        """Have `wait` return the signal if it asks to stop, and wake it in any case. From any thread."""
+        # A launcher that has ended listens no more.
+        with suppress(OSError):
+            self._writer.send(bytes([signum]))

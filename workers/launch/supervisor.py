@@ -133,6 +133,8 @@ class Supervisor:
         self._start_timeout_s = start_timeout_s
         self._stop_timeout_s = stop_timeout_s
         self._alive: set[Member] = set()
+        #: Killed on purpose, to stay away.
+        self._dismissed: set[Member] = set()
         self._due: dict[Member, float] = {}
         self._deaths: dict[Member, deque[float]] = {}
         self._lives: dict[Member, int] = {}
@@ -162,6 +164,20 @@ class Supervisor:
             self._end = End(128 + signum, None, self._end.finished)
         return [Say("killing what is left"), *self._kill()]
 
+    def dismiss(self, member: Member) -> list[Action]:
+        """Kill a member, and do not start it again before `recall`: somebody tests what happens without it."""
+        self._dismissed.add(member)
+        self._due.pop(member, None)
+        return [Signal(member, signal.SIGKILL)]
+
+    def recall(self, now: float, member: Member) -> list[Action]:
+        """Start a dismissed member again, at the next tick."""
+        if member in self._dismissed and self.phase in (Phase.STARTING, Phase.RUNNING):
+            self._dismissed.remove(member)
+            if member not in self._alive:
+                self._due[member] = now
+        return []
+
     def tick(self, now: float, exits: Iterable[Exit] = ()) -> list[Action]:
         """Take what has ended since the last call, and the time."""
         actions: list[Action] = []
@@ -187,6 +203,8 @@ class Supervisor:
         return []
 
     def _while_running(self, now: float, gone: Exit) -> list[Action]:
+        if gone.member in self._dismissed:
+            return []
         if gone.member == COORDINATOR and gone.code == 0:
             self._enter(Phase.DRAINING, now + DRAIN_S)
             return []

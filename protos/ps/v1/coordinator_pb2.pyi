@@ -116,20 +116,22 @@ class Evaluated(_message.Message):
     def __init__(self, version: _Optional[int] = ..., part: _Optional[int] = ..., loss_sum: _Optional[float] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class Contributed(_message.Message):
-    __slots__ = ("step", "contribution", "compute_s", "push_s", "pull_s", "fence")
+    __slots__ = ("step", "contribution", "compute_s", "push_s", "pull_s", "fence", "wait_s")
     STEP_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTION_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
     PUSH_S_FIELD_NUMBER: _ClassVar[int]
     PULL_S_FIELD_NUMBER: _ClassVar[int]
     FENCE_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
     step: int
     contribution: int
     compute_s: float
     push_s: float
     pull_s: float
     fence: _common_pb2.Fence
-    def __init__(self, step: _Optional[int] = ..., contribution: _Optional[int] = ..., compute_s: _Optional[float] = ..., push_s: _Optional[float] = ..., pull_s: _Optional[float] = ..., fence: _Optional[_Union[_common_pb2.Fence, _Mapping]] = ...) -> None: ...
+    wait_s: float
+    def __init__(self, step: _Optional[int] = ..., contribution: _Optional[int] = ..., compute_s: _Optional[float] = ..., push_s: _Optional[float] = ..., pull_s: _Optional[float] = ..., fence: _Optional[_Union[_common_pb2.Fence, _Mapping]] = ..., wait_s: _Optional[float] = ...) -> None: ...
 
 class Leave(_message.Message):
     __slots__ = ("reason",)
@@ -208,7 +210,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("run", "fence", "phase", "version", "applied", "steps", "loss", "evaluation_loss", "loss_scale", "learning_rate", "gradient_norm", "members", "waiting_for", "checkpoint")
+    __slots__ = ("run", "fence", "phase", "version", "applied", "steps", "loss", "evaluation_loss", "loss_scale", "learning_rate", "gradient_norm", "members", "waiting_for", "checkpoint", "waits", "tokens_per_s", "step_s", "compute_s", "push_s", "pull_s", "left_s", "skipped", "contributions", "slots", "checkpoint_age_s", "evaluation_version", "up_s", "coordinator", "run_dir", "wait_s")
     RUN_FIELD_NUMBER: _ClassVar[int]
     FENCE_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
@@ -223,6 +225,22 @@ class StatusResponse(_message.Message):
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
     WAITING_FOR_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    PUSH_S_FIELD_NUMBER: _ClassVar[int]
+    PULL_S_FIELD_NUMBER: _ClassVar[int]
+    LEFT_S_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    EVALUATION_VERSION_FIELD_NUMBER: _ClassVar[int]
+    UP_S_FIELD_NUMBER: _ClassVar[int]
+    COORDINATOR_FIELD_NUMBER: _ClassVar[int]
+    RUN_DIR_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
     run: str
     fence: _common_pb2.Fence
     phase: str
@@ -237,16 +255,54 @@ class StatusResponse(_message.Message):
     members: _containers.RepeatedCompositeFieldContainer[MemberStatus]
     waiting_for: str
     checkpoint: int
-    def __init__(self, run: _Optional[str] = ..., fence: _Optional[_Union[_common_pb2.Fence, _Mapping]] = ..., phase: _Optional[str] = ..., version: _Optional[int] = ..., applied: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., evaluation_loss: _Optional[float] = ..., loss_scale: _Optional[float] = ..., learning_rate: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., members: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ..., waiting_for: _Optional[str] = ..., checkpoint: _Optional[int] = ...) -> None: ...
+    waits: _containers.RepeatedCompositeFieldContainer[Wait]
+    tokens_per_s: float
+    step_s: float
+    compute_s: float
+    push_s: float
+    pull_s: float
+    left_s: float
+    skipped: int
+    contributions: int
+    slots: int
+    checkpoint_age_s: float
+    evaluation_version: int
+    up_s: float
+    coordinator: _common_pb2.Member
+    run_dir: str
+    wait_s: float
+    def __init__(self, run: _Optional[str] = ..., fence: _Optional[_Union[_common_pb2.Fence, _Mapping]] = ..., phase: _Optional[str] = ..., version: _Optional[int] = ..., applied: _Optional[int] = ..., steps: _Optional[int] = ..., loss: _Optional[float] = ..., evaluation_loss: _Optional[float] = ..., loss_scale: _Optional[float] = ..., learning_rate: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., members: _Optional[_Iterable[_Union[MemberStatus, _Mapping]]] = ..., waiting_for: _Optional[str] = ..., checkpoint: _Optional[int] = ..., waits: _Optional[_Iterable[_Union[Wait, _Mapping]]] = ..., tokens_per_s: _Optional[float] = ..., step_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., push_s: _Optional[float] = ..., pull_s: _Optional[float] = ..., left_s: _Optional[float] = ..., skipped: _Optional[int] = ..., contributions: _Optional[int] = ..., slots: _Optional[int] = ..., checkpoint_age_s: _Optional[float] = ..., evaluation_version: _Optional[int] = ..., up_s: _Optional[float] = ..., coordinator: _Optional[_Union[_common_pb2.Member, _Mapping]] = ..., run_dir: _Optional[str] = ..., wait_s: _Optional[float] = ...) -> None: ...
+
+class Wait(_message.Message):
+    __slots__ = ("role", "rank", "what", "since_s", "last_seen_s")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    WHAT_FIELD_NUMBER: _ClassVar[int]
+    SINCE_S_FIELD_NUMBER: _ClassVar[int]
+    LAST_SEEN_S_FIELD_NUMBER: _ClassVar[int]
+    role: str
+    rank: int
+    what: str
+    since_s: float
+    last_seen_s: float
+    def __init__(self, role: _Optional[str] = ..., rank: _Optional[int] = ..., what: _Optional[str] = ..., since_s: _Optional[float] = ..., last_seen_s: _Optional[float] = ...) -> None: ...
 
 class MemberStatus(_message.Message):
-    __slots__ = ("member", "live", "last_seen_s", "doing")
+    __slots__ = ("member", "live", "last_seen_s", "doing", "since_s", "restarts", "last", "state")
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     LIVE_FIELD_NUMBER: _ClassVar[int]
     LAST_SEEN_S_FIELD_NUMBER: _ClassVar[int]
     DOING_FIELD_NUMBER: _ClassVar[int]
+    SINCE_S_FIELD_NUMBER: _ClassVar[int]
+    RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
     member: _common_pb2.Member
     live: bool
     last_seen_s: float
     doing: str
-    def __init__(self, member: _Optional[_Union[_common_pb2.Member, _Mapping]] = ..., live: bool = ..., last_seen_s: _Optional[float] = ..., doing: _Optional[str] = ...) -> None: ...
+    since_s: float
+    restarts: int
+    last: Contributed
+    state: str
+    def __init__(self, member: _Optional[_Union[_common_pb2.Member, _Mapping]] = ..., live: bool = ..., last_seen_s: _Optional[float] = ..., doing: _Optional[str] = ..., since_s: _Optional[float] = ..., restarts: _Optional[int] = ..., last: _Optional[_Union[Contributed, _Mapping]] = ..., state: _Optional[str] = ...) -> None: ...

@@ -1,0 +1,96 @@
+"""What `windlass status` says when there is nobody to ask."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from protos.ps.v1 import coordinator_pb2 as pb
+from protos.ps.v1.common_pb2 import Member
+from ps.client.status import StatusClient
+from workers.cli.main import main
+from workers.launch import jobs
+from workers.launch.folder import RunFolder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """runs/a, with a job of 400 steps of which one was made."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WINDLASS_COORDINATOR", raising=False)
+    found = RunFolder(Path("runs/a"))
+    found.write_job(jobs.resolve(None, ["run_dir=runs/a"]))
+    found.metrics.write_text('{"kind": "step", "step": 0, "loss": 3.0}\n')
+    return found
+
+
+def refused() -> str:
+    """An address where nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_run_that_never_served(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status"]) == 1
+    assert capsys.readouterr().err == (
+        "windlass: error: runs/a is not running: step 1 of 400, no checkpoint; to go on: windlass resume runs/a\n"
+    )
+    assert main(["status", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found.pop("error").startswith("runs/a is not running")
+    assert found == {"running": False, "run_dir": "runs/a", "version": 1, "steps": 400, "checkpoints": []}
+
+
+def test_a_run_whose_coordinator_is_gone(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    folder.cluster.write_text(json.dumps([{"role": "coordinator", "rank": 0, "pid": 1, "address": refused()}]))
+    assert main(["status", "runs/a"]) == 1
+    assert "runs/a is not running: step 1 of 400" in capsys.readouterr().err
+
+
+def test_a_run_that_is_being_started(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    lock = folder.try_lock()
+    assert lock is not None
+    try:
+        assert main(["status", "runs/a"]) == 1
+        assert "its coordinator is being started, or has just ended: step 1 of 400" in capsys.readouterr().err
+    finally:
+        os.close(lock)
+    # Looking took nothing.
+    again = folder.try_lock()
+    assert again is not None
+    os.close(again)
+
+
+def test_another_runs_coordinator_at_the_same_port_is_not_taken_for_it(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = pb.StatusResponse(phase="running", coordinator=Member(role="coordinator", pid=2))
+    monkeypatch.setattr(StatusClient, "ask", lambda _self, _timeout_s: answer)
+    for pid, code in ((2, 0), (1, 1)):
+        folder.cluster.write_text(json.dumps([{"role": "coordinator", "rank": 0, "pid": pid, "address": "a:1"}]))
+        assert main(["status", "runs/a"]) == code
+    assert "runs/a is not running" in capsys.readouterr().err
+
+
+def test_an_address_where_nobody_listens(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    address = refused()
+    monkeypatch.setenv("WINDLASS_COORDINATOR", address)
+    assert main(["status"]) == 1
+    assert capsys.readouterr().err == (
+        f"windlass: error: nothing answers at {address}; is a coordinator running there?\n"
+    )
+
+
+def test_without_any_run_it_says_what_to_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WINDLASS_COORDINATOR", raising=False)
+    assert main(["status"]) == 2
+    assert "there is no run in runs/: name a run folder, or a coordinator" in capsys.readouterr().err

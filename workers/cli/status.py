@@ -1,0 +1,212 @@
+"""`windlass status`: what is going on in a cluster, from anywhere that reaches its coordinator."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ps.errors import ConfigError, PeerUnavailable, PsError, StorageError
+from ps.storage import layout
+from ps.wire.security import CLIENT, Security, load_security
+from workers.cli.arguments import Certificates
+from workers.launch.folder import RunFolder
+from workers.launch.metrics import Progress, Tail
+from workers.launch.snapshot import Snapshot, from_message
+from workers.launch.watch import Watcher, quiet_grpc
+
+#: Where `windlass train` puts runs unless it is told otherwise.
+RUNS = Path("runs")
+ANSWER_S = 5.0
+#: A coordinator that is started again is back within this.
+BACK_S = 15.0
+#: Who writes into a pipe has no width; then nothing is left out.
+WIDE = 200
+_TICK_S = 0.1
+
+
+def status(
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN|HOST:PORT]",
+            help="A run folder, or where a coordinator is. Default: $WINDLASS_COORDINATOR, or the newest run in runs/.",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object (docs/status.md); with --watch one per line.")
+    ] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on until the run ends, or Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="With --watch: how often.")] = 1.0,
+    certificates: Certificates = None,
+) -> int:
+    """Show what a running cluster does.
+
+    Its exit code is 1 when nothing runs there; of a run folder it then says what it holds.
+    """
+    place = find_place(target)
+    security = load_security(certificates or place.certificates, insecure=False, role=CLIENT)
+    try:
+        if watch:
+            return _watch(place, security, as_json, every)
+        _print(_ask(place, security), as_json)
+    except PeerUnavailable as error:
+        if as_json:
+            print(json.dumps({"running": False, "error": error.message, **place.last_known()}))
+            return 1
+        raise
+    return 0
+
+
+class Place:
+    """Where to ask: an address, or the run folder that knows it."""
+
+    def __init__(self, address: str | None, folder: RunFolder | None) -> None:
+        self._address = address
+        self._folder = folder
+
+    def coordinator(self) -> tuple[str, int | None]:
+        """Its address, and its process id where that is known: another run's may have taken its port.
+
+        Raises:
+            PeerUnavailable: the run folder names none.
+        """
+        if self._folder is None:
+            return self._address or "", None
+        for member in self._folder.members():
+            if member.get("role") == "coordinator" and member.get("address"):
+                return str(member["address"]), member.get("pid")
+        raise self.not_running()
+
+    @property
+    def certificates(self) -> Path | None:
+        """Those of the run, where its folder is known."""
+        return self._folder.read_job().security.certificates if self._folder is not None else None
+
+    def not_running(self) -> PeerUnavailable:
+        """Nobody answers: say so, and what is known instead."""
+        if self._folder is None:
+            return PeerUnavailable(f"nothing answers at {self._address}; is a coordinator running there?")
+        known = self.last_known()
+        saved = known["checkpoints"]
+        checkpoints = f"{len(saved)} checkpoints, the newest {saved[-1]}" if saved else "no checkpoint"
+        checkpoints = checkpoints.replace("1 checkpoints, the newest", "one checkpoint,")
+        reached = f"step {known['version']} of {known['steps']}, {checkpoints}"
+        if self._folder.is_held():
+            return PeerUnavailable(
+                f"{self._folder.path}: its coordinator is being started, or has just ended: {reached}"
+            )
+        return PeerUnavailable(
+            f"{self._folder.path} is not running: {reached}; to go on: windlass resume {self._folder.path}"
+        )
+
+    def last_known(self) -> dict[str, Any]:
+        """What the run folder holds; empty for an address."""
+        if self._folder is None:
+            return {}
+        job = self._folder.read_job().model_copy(update={"run_dir": self._folder.path})
+        progress = Progress(job.training.end)
+        progress.restart(Tail(self._folder.metrics).poll()[1])
+        try:
+            saved = [folder.name for folder in layout.checkpoints(job.checkpoint_dir)]
+        except StorageError:
+            saved = []
+        return {
+            "run_dir": str(self._folder.path),
+            "version": progress.version,
+            "steps": progress.steps,
+            "checkpoints": saved,
+        }
+
+    @property
+    def is_finished(self) -> bool:
+        known = self.last_known()
+        return bool(known) and known["version"] >= known["steps"]
+
+
+def find_place(target: str | None) -> Place:
+    """Find out what the command line means.
+
+    Raises:
+        ConfigError: it is neither a run folder nor an address, or there is nothing to choose from.
+    """
+    if target is None:
+        target = os.environ.get("WINDLASS_COORDINATOR") or str(_newest_run())
+    if (Path(target) / "config.json").exists():
+        return Place(None, RunFolder(Path(target)))
+    host, _, port = target.rpartition(":")
+    if host and port.isascii() and port.isdigit() and 0 < int(port) <= 65_535:
+        return Place(target, None)
+    raise ConfigError(f"{target} is neither a run folder (there is no {Path(target) / 'config.json'}) nor HOST:PORT")
+
+
+def _newest_run() -> Path:
+    found = [config for config in RUNS.glob("*/config.json") if config.is_file()]
+    if not found:
+        raise ConfigError(
+            f"there is no run in {RUNS}/: name a run folder, or a coordinator as HOST:PORT or in $WINDLASS_COORDINATOR"
+        )
+    return max(found, key=lambda config: config.stat().st_mtime).parent
+
+
+def _ask(place: Place, security: Security) -> Snapshot:
+    address, pid = place.coordinator()
+    quiet_grpc()
+    # Here, because it takes long and only this command needs it.
+    from ps.client.status import StatusClient
+
+    with StatusClient(address, security) as client:
+        try:
+            message = client.ask(ANSWER_S)
+        except PsError:
+            raise place.not_running() from None
+    if pid is not None and message.coordinator.pid != pid:
+        # Another run has its port now.
+        raise place.not_running()
+    return from_message(message)
+
+
+def _print(snapshot: Snapshot, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(snapshot.as_json(), allow_nan=False), flush=True)
+        return
+    from workers.launch.view import render
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
+    console.print(render(snapshot, console.width))
+
+
+def _watch(place: Place, security: Security, as_json: bool, every_s: float) -> int:
+    from workers.launch.live import Screen
+    from workers.launch.view import plain_line, render
+
+    screen = Screen(sys.stdout) if sys.stdout.isatty() and not as_json else None
+    _ask(place, security)
+    watcher = Watcher(place.coordinator()[0], security, min(every_s, 0.5))
+    if screen is not None:
+        screen.open()
+    printed_at = float("-inf")
+    try:
+        while watcher.silent_s < BACK_S:
+            time.sleep(_TICK_S)
+            latest, now = watcher.latest(), time.monotonic()
+            if latest is None or now - printed_at < every_s:
+                continue
+            printed_at = now
+            if screen is not None:
+                screen.draw(lambda width, height, latest=latest: render(latest, width, height))  # type: ignore[misc]
+            else:
+                print(json.dumps(latest.as_json()) if as_json else plain_line(latest), flush=True)
+            if latest.phase == "ended" or (latest.phase == "unreachable" and place.is_finished):
+                return 0
+        raise place.not_running()
+    finally:
+        if screen is not None:
+            screen.close()
+        watcher.close()
