@@ -49,7 +49,14 @@ WAIT_LOG_S = 10.0
 class CoordinatorApp:
     """One coordinator process."""
 
-    def __init__(self, config: RunConfig, job_json: str, listen: str) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        job_json: str,
+        listen: str,
+        metrics_listen: str | None = None,
+        advertise: str | None = None,
+    ) -> None:
         self._config = config
         self._ended = threading.Event()
         self._outcome: tuple[bool, str] = (True, "")
@@ -74,15 +81,16 @@ class CoordinatorApp:
         self._recorder.keep(history.recorded, set(history.evaluations))
         if candidates:
             metrics.CHECKPOINT_VERSION.set(max(candidate.state.version for candidate in candidates))
-        metrics_listen = f"{config.telemetry.metrics_host}:0" if config.telemetry.metrics else None
+        if metrics_listen is None and config.telemetry.metrics:
+            metrics_listen = f"{config.telemetry.metrics_host}:0"
         self._self = MemberState(
             Role.COORDINATOR,
             0,
             0,
             os.getpid(),
             socket.gethostname(),
-            f"{reachable(listen)}:{port}",
-            f"{reachable(metrics_listen)}:{serve_metrics(metrics_listen)}" if metrics_listen else "",
+            f"{reachable(listen, advertise)}:{port}",
+            f"{reachable(metrics_listen, advertise)}:{serve_metrics(metrics_listen)}" if metrics_listen else "",
         )
         self._effects = Effects(
             self._machine, self._loop, self._sessions, self._journal, self._recorder, self._self, job_json, self._end
@@ -205,18 +213,22 @@ def state_of(manifest: Manifest) -> TrainingState:
     return TrainingState(manifest.version, manifest.applied, manifest.skipped, scaler)
 
 
-def run(config: RunConfig, job_json: str, listen: str) -> int:
+def run(
+    config: RunConfig, job_json: str, listen: str, metrics_listen: str | None = None, advertise: str | None = None
+) -> int:
     """Run the coordinator until the end of the run; returns the exit code.
 
     Args:
         config: what the coordinator acts on of the job.
         job_json: the whole resolved job, which it hands to the other roles.
         listen: host:port; port 0 takes any.
+        metrics_listen: host:port of the Prometheus exporter; None: as the job says.
+        advertise: the host that others are told; None: that of `listen`, or this host's name.
 
     Raises:
         PsError: why it could not start, or why the run could not go on; one line.
     """
-    app = CoordinatorApp(config, job_json, listen)
+    app = CoordinatorApp(config, job_json, listen, metrics_listen, advertise)
     for number in (signal.SIGTERM, signal.SIGINT):
         name = signal.Signals(number).name
         signal.signal(number, lambda *_, name=name: app.stop(f"asked to stop ({name})"))

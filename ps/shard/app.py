@@ -40,7 +40,9 @@ RESEND_S = 1.0
 class ShardApp:
     """One shard process."""
 
-    def __init__(self, coordinator: str, index: int, listen: str, metrics_listen: str | None) -> None:
+    def __init__(
+        self, coordinator: str, index: int, listen: str, metrics_listen: str | None, advertise: str | None = None
+    ) -> None:
         self._ended = threading.Event()
         self._leaving = threading.Event()
         self._registered = False
@@ -59,8 +61,10 @@ class ShardApp:
             incarnation=incarnation,
             pid=os.getpid(),
             host=socket.gethostname(),
-            address=f"{reachable(listen)}:{port}",
-            metrics_address=f"{reachable(metrics_listen)}:{serve_metrics(metrics_listen)}" if metrics_listen else "",
+            address=f"{reachable(listen, advertise)}:{port}",
+            metrics_address=(
+                f"{reachable(metrics_listen, advertise)}:{serve_metrics(metrics_listen)}" if metrics_listen else ""
+            ),
         )
         self._session = Session(coordinator, member, self._on_message, self._on_connect)
 
@@ -178,13 +182,20 @@ class ShardApp:
         engine.outbox = Outbox(prepared, applied, initialized, snapshot, failed)
 
 
-def run(coordinator: str, index: int, listen: str, metrics_listen: str | None, start_timeout_s: float = 120.0) -> int:
+def run(
+    coordinator: str,
+    index: int,
+    listen: str,
+    metrics_listen: str | None,
+    advertise: str | None = None,
+    start_timeout_s: float = 120.0,
+) -> int:
     """Run one shard until its end; returns the exit code.
 
     Raises:
         PsError: why it could not start, or ended; one line.
     """
-    app = ShardApp(coordinator, index, listen, metrics_listen)
+    app = ShardApp(coordinator, index, listen, metrics_listen, advertise)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: app.leave())
     return app.run(start_timeout_s)

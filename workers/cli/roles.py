@@ -38,6 +38,14 @@ MetricsListen = Annotated[
         help="Where to serve Prometheus metrics; port 0: any free one. Default: nowhere.",
     ),
 ]
+Advertise = Annotated[
+    str | None,
+    typer.Option(
+        envvar="WINDLASS_ADVERTISE",
+        metavar="HOST",
+        help="The host that others are told. Default: that of --listen, or this host's name if it listens everywhere.",
+    ),
+]
 LogLevel = Annotated[
     Level | None,
     typer.Option(envvar="WINDLASS_LOG_LEVEL", help="How much is logged. Default: info."),
@@ -47,6 +55,15 @@ LogLevel = Annotated[
 def coordinator(
     job: Job = None,
     listen: Listen = "127.0.0.1:0",
+    metrics_listen: Annotated[
+        str | None,
+        typer.Option(
+            envvar="WINDLASS_METRICS_LISTEN",
+            metavar="HOST:PORT",
+            help="Where to serve Prometheus metrics; port 0: any free one. Default: as the job says.",
+        ),
+    ] = None,
+    advertise: Advertise = None,
     resume: Annotated[
         bool,
         typer.Option("--resume", envvar="WINDLASS_RESUME", help="The run folder's job may be replaced by this one."),
@@ -57,14 +74,16 @@ def coordinator(
 
     It keeps membership, the step clock and the journal of decisions.
     """
-    resolved = jobs.resolve(*jobs.split_arguments(job or ()))
+    resolved = jobs.resolve(*jobs.given(job or (), os.environ))
     _check_address("--listen", listen)
+    _check_address("--metrics-listen", metrics_listen)
+    _check_host("--advertise", advertise)
     _begin(Role.COORDINATOR, None, log_level or Level(resolved.launch.log_level))
     text = _settle(resolved, resume).model_dump_json()
 
     from ps.coordinator import app
 
-    return _end(app.run(from_json(RunConfig, text), text, listen))
+    return _end(app.run(from_json(RunConfig, text), text, listen, metrics_listen, advertise))
 
 
 def shard(
@@ -72,6 +91,7 @@ def shard(
     index: Annotated[int, typer.Option(envvar="WINDLASS_INDEX", min=0, help="Which shard: 0..S-1.")],
     listen: Listen = "127.0.0.1:0",
     metrics_listen: MetricsListen = None,
+    advertise: Advertise = None,
     log_level: LogLevel = None,
 ) -> int:
     """Start a shard, which keeps weights.
@@ -81,11 +101,12 @@ def shard(
     _check_address("--coordinator", coordinator)
     _check_address("--listen", listen)
     _check_address("--metrics-listen", metrics_listen)
+    _check_host("--advertise", advertise)
     _begin(Role.SHARD, index, log_level)
 
     from ps.shard import app
 
-    return _end(app.run(coordinator, index, listen, metrics_listen))
+    return _end(app.run(coordinator, index, listen, metrics_listen, advertise))
 
 
 def worker(
@@ -100,18 +121,33 @@ def worker(
     ] = None,
     listen: Listen = "127.0.0.1:0",
     metrics_listen: MetricsListen = None,
+    advertise: Advertise = None,
     log_level: LogLevel = None,
 ) -> int:
     """Start a worker, which computes gradients."""
     _check_address("--coordinator", coordinator)
     _check_address("--listen", listen)
     _check_address("--metrics-listen", metrics_listen)
+    _check_host("--advertise", advertise)
     require_worker_extra("a worker")
     _begin(Role.WORKER, rank, log_level)
 
     from workers.engine import app
 
-    return _end(app.run(coordinator, rank, device, listen, metrics_listen))
+    return _end(app.run(coordinator, rank, device, listen, metrics_listen, advertise))
+
+
+def health(
+    address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Where the role listens.")],
+) -> int:
+    """Ask a role whether it serves: exit code 0 if it does."""
+    _check_address("HOST:PORT", address)
+
+    from ps.wire import probe
+
+    probe.check(address)
+    print(f"{address} serves")
+    return 0
 
 
 def _begin(role: Role, rank: int | None, log_level: Level | None) -> None:
@@ -142,6 +178,11 @@ def _check_address(flag: str, address: str | None) -> None:
     host, colon, port = address.rpartition(":")
     if not host or not colon or not port.isascii() or not port.isdigit() or int(port) > 65_535:
         raise ConfigError(f"{flag}={address}: not HOST:PORT with a port of 0 to 65535")
+
+
+def _check_host(flag: str, host: str | None) -> None:
+    if host is not None and (not host or "/" in host or (":" in host and not host.endswith("]"))):
+        raise ConfigError(f"{flag}={host}: not a host's name or address; the port is that of --listen")
 
 
 def _settle(job: JobConfig, resume: bool) -> JobConfig:

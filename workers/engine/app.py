@@ -69,6 +69,7 @@ def run(
     device_name: str | None,
     listen: str,
     metrics_listen: str | None,
+    advertise: str | None = None,
     start_timeout_s: float = 120.0,
 ) -> int:
     """Run one worker until the end of the run; returns the exit code.
@@ -79,6 +80,7 @@ def run(
         device_name: None: as the job says.
         listen: host:port of the health service; port 0 takes any.
         metrics_listen: host:port of the Prometheus exporter; None: no exporter.
+        advertise: the host that others are told; None: that of `listen`, or this host's name.
 
     Raises:
         PsError: why it could not start, or ended; one line.
@@ -86,9 +88,11 @@ def run(
     server = make_server(HEALTH_THREADS)
     health = Health(server, HEALTH_SERVICE)
     enable_reflection(server, [])
-    address = f"{reachable(listen)}:{bind(server, listen)}"
+    address = f"{reachable(listen, advertise)}:{bind(server, listen)}"
     server.start()
-    metrics_address = f"{reachable(metrics_listen)}:{serve_metrics(metrics_listen)}" if metrics_listen else ""
+    metrics_address = (
+        f"{reachable(metrics_listen, advertise)}:{serve_metrics(metrics_listen)}" if metrics_listen else ""
+    )
     try:
         joined = join(coordinator, rank, device_name, GrpcTransport(), start_timeout_s, address, metrics_address)
         for number in (signal.SIGTERM, signal.SIGINT):
