@@ -18,7 +18,7 @@ from ps.telemetry import logs
 from ps.types import Role
 from workers.cli.arguments import Device, Job, Level, require_worker_extra
 from workers.config import JobConfig
-from workers.launch import environment, jobs
+from workers.launch import environment, gpus, jobs
 from workers.launch.folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -119,6 +119,14 @@ def worker(
         Device | None,
         typer.Option(envvar="WINDLASS_DEVICE", help="Where to compute. Default: as the job says."),
     ] = None,
+    gpu_locks: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="WINDLASS_GPU_LOCKS",
+            metavar="DIR",
+            help="Take a GPU that no other worker with this folder has taken. Default: the first one.",
+        ),
+    ] = None,
     listen: Listen = "127.0.0.1:0",
     metrics_listen: MetricsListen = None,
     advertise: Advertise = None,
@@ -131,6 +139,8 @@ def worker(
     _check_host("--advertise", advertise)
     require_worker_extra("a worker")
     _begin(Role.WORKER, rank, log_level)
+    if gpu_locks is not None:
+        os.environ[gpus.VISIBLE] = gpus.claim(gpus.visible_gpus(os.environ), gpu_locks)
 
     from workers.engine import app
 
