@@ -179,6 +179,13 @@ class TelemetryConfig(Section):
     """The address that the metrics port binds."""
 
 
+class SecurityConfig(Section):
+    certificates: Path | None = None
+    """A folder from `windlass certs init`: every connection is TLS, and each role shows its certificate."""
+    insecure: bool = False
+    """Serve other hosts without certificates: only for a network that you trust."""
+
+
 class RunConfig(Section):
     """What the coordinator and the shards need to know of a job."""
 
@@ -200,6 +207,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     membership: MembershipConfig = MembershipConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+    security: SecurityConfig = SecurityConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -7,6 +7,8 @@
       DecisionRejected          a decision does not follow from what the shard holds: the coordinator is in error
       WaitTimeout               a wait passed its deadline; says for what, since when, last seen
       PeerUnavailable           a peer cannot be reached, or its stream broke
+        HandshakeFailed         the two ends' certificates do not fit: trying again cannot mend it
+      AccessDenied              the caller's certificate is not of a role that may do this
       Refusal                   a shard refused a frame; the state was not touched
         MalformedFrame          not a frame, or a header field of a wrong type or out of range
         StaleFence              the frame's (term, epoch) is older than the shard's
@@ -81,6 +83,18 @@ class PeerUnavailable(PsError):
     """A peer cannot be reached, or its stream broke. Reconnecting is the caller's to decide."""
 
     code = "PEER_UNAVAILABLE"
+
+
+class HandshakeFailed(PeerUnavailable):
+    """The two ends' certificates do not fit. It stays so until somebody changes one of them."""
+
+    code = "HANDSHAKE_FAILED"
+
+
+class AccessDenied(PsError):
+    """The caller's certificate is not of a role that may do this."""
+
+    code = "ACCESS_DENIED"
 
 
 class Refusal(PsError):

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 import grpc
 
 from ps.client.transport import SEND_WINDOW, OnClose, OnFrame
+from ps.types import Role
 from ps.wire.options import open_channel
+from ps.wire.security import PLAIN, Security
 from ps.wire.status import error_of
 
 METHOD = "/windlass.ps.v1.Shard/Exchange"
@@ -20,20 +22,23 @@ _POLL_S = 0.1
 class GrpcTransport:
     """Opens one channel per connection."""
 
+    def __init__(self, security: Security = PLAIN) -> None:
+        self._security = security
+
     def connect(self, address: str, on_frame: OnFrame, on_close: OnClose) -> GrpcConnection:
-        return GrpcConnection(address, on_frame, on_close)
+        return GrpcConnection(address, on_frame, on_close, self._security)
 
 
 class GrpcConnection:
     """One open stream; two threads: gRPC's own for sending, ours for receiving."""
 
-    def __init__(self, address: str, on_frame: OnFrame, on_close: OnClose) -> None:
+    def __init__(self, address: str, on_frame: OnFrame, on_close: OnClose, security: Security = PLAIN) -> None:
         self._address = address
         self._on_frame = on_frame
         self._on_close = on_close
         self._closed = threading.Event()
         self._outgoing: queue.Queue[bytes | None] = queue.Queue(SEND_WINDOW)
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, security, Role.SHARD)
         self._call = self._channel.stream_stream(METHOD)(self._frames())
         self._thread = threading.Thread(target=self._receive, name=f"stream {address}", daemon=True)
         self._thread.start()

@@ -36,6 +36,7 @@ from ps.telemetry.exporter import serve_metrics
 from ps.types import Role
 from ps.wire.health import Health, enable_reflection
 from ps.wire.options import bind, make_server, reachable
+from ps.wire.security import PLAIN, Security
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class CoordinatorApp:
         config: RunConfig,
         job_json: str,
         listen: str,
+        security: Security = PLAIN,
         metrics_listen: str | None = None,
         advertise: str | None = None,
     ) -> None:
@@ -63,7 +65,7 @@ class CoordinatorApp:
         #: Since when the run has been at which version.
         self._waited = (0.0, -1)
         self._server = make_server(MAX_SESSIONS)
-        port = bind(self._server, listen)
+        port = bind(self._server, listen, security)
         self._journal = Journal.open(config.run_dir / "journal")
         try:
             history = self._open_history()
@@ -93,7 +95,15 @@ class CoordinatorApp:
             f"{reachable(metrics_listen, advertise)}:{serve_metrics(metrics_listen)}" if metrics_listen else "",
         )
         self._effects = Effects(
-            self._machine, self._loop, self._sessions, self._journal, self._recorder, self._self, job_json, self._end
+            self._machine,
+            self._loop,
+            self._sessions,
+            self._journal,
+            self._recorder,
+            self._self,
+            job_json,
+            self._end,
+            security,
         )
         self._health = Health(self._server, SERVICE)
         enable_reflection(self._server, [pb.DESCRIPTOR.services_by_name["Coordinator"].full_name])
@@ -214,7 +224,12 @@ def state_of(manifest: Manifest) -> TrainingState:
 
 
 def run(
-    config: RunConfig, job_json: str, listen: str, metrics_listen: str | None = None, advertise: str | None = None
+    config: RunConfig,
+    job_json: str,
+    listen: str,
+    security: Security = PLAIN,
+    metrics_listen: str | None = None,
+    advertise: str | None = None,
 ) -> int:
     """Run the coordinator until the end of the run; returns the exit code.
 
@@ -222,13 +237,14 @@ def run(
         config: what the coordinator acts on of the job.
         job_json: the whole resolved job, which it hands to the other roles.
         listen: host:port; port 0 takes any.
+        security: its certificates, if any.
         metrics_listen: host:port of the Prometheus exporter; None: as the job says.
         advertise: the host that others are told; None: that of `listen`, or this host's name.
 
     Raises:
         PsError: why it could not start, or why the run could not go on; one line.
     """
-    app = CoordinatorApp(config, job_json, listen, metrics_listen, advertise)
+    app = CoordinatorApp(config, job_json, listen, security, metrics_listen, advertise)
     for number in (signal.SIGTERM, signal.SIGINT):
         name = signal.Signals(number).name
         signal.signal(number, lambda *_, name=name: app.stop(f"asked to stop ({name})"))

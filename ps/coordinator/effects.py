@@ -25,6 +25,7 @@ from ps.coordinator.recovery import Candidate, Inspection
 from ps.coordinator.service import Sessions
 from ps.coordinator.status import member_message
 from ps.errors import (
+    AccessDenied,
     CheckpointWriteFailed,
     ConfigError,
     MismatchError,
@@ -39,6 +40,7 @@ from ps.storage.shard_file import ShardFile
 from ps.types import Decision, Role
 from ps.wire.options import open_channel
 from ps.wire.proto import from_proto, to_proto
+from ps.wire.security import PLAIN, Security
 from ps.wire.status import error_of
 
 log = logging.getLogger(__name__)
@@ -69,6 +71,7 @@ class Effects:
         myself: MemberState,
         job_json: str,
         on_end: Callable[[bool, str], None],
+        security: Security = PLAIN,
     ) -> None:
         self._machine = machine
         self._loop = loop
@@ -78,6 +81,7 @@ class Effects:
         self._self = myself
         self._job_json = job_json
         self._on_end = on_end
+        self._security = security
         self._said_at = time.monotonic()
         self._nonce: tuple[str, str] | None = None
         self._plan_digest_made = ""
@@ -257,11 +261,11 @@ class Effects:
         loading = control is actions.Control.LOAD
         timeout_s = machine.config.checkpoint.timeout_s if loading else CONTROL_TIMEOUT_S
         try:
-            with open_channel(address) as channel:
+            with open_channel(address, self._security, Role.SHARD) as channel:
                 response = shard_pb2_grpc.ShardStub(channel).Configure(request, timeout=timeout_s)
         except grpc.RpcError as broken:
             failure = error_of(broken, f"configuring shard {shard} at {address}")
-            fatal = isinstance(failure, MismatchError | ConfigError)
+            fatal = isinstance(failure, MismatchError | ConfigError | AccessDenied)
             self._loop.post(lambda _: machine.serving.configure_failed(shard, fence, control, failure, fatal))
             return
         if response.plan_digest != self._plan_digest():

@@ -20,6 +20,7 @@ from ps.coordinator.members import MemberState
 from ps.coordinator.status import status
 from ps.errors import MismatchError, PeerUnavailable, PsError
 from ps.types import Applied, Fence, ParameterTable, Prepared, Role
+from ps.wire.access import check_claim
 from ps.wire.proto import from_proto
 from ps.wire.status import abort
 
@@ -89,6 +90,7 @@ class CoordinatorServicer(pb_grpc.CoordinatorServicer):
         try:
             if request.run not in ("", self._run):
                 raise MismatchError(f"this coordinator runs {self._run}, not {request.run}")
+            check_claim(context, request.member.role)
             member = _member(request.member)
             rank = self._loop.call(lambda now: self._machine.register(member, now))
         except PsError as error:
@@ -109,8 +111,9 @@ class CoordinatorServicer(pb_grpc.CoordinatorServicer):
             abort(context, MismatchError("the first message of a session is hello"))
             return
         try:
+            check_claim(context, first.hello.member.role)
             who = _member(first.hello.member)
-        except MismatchError as error:
+        except PsError as error:
             abort(context, error)
             return
         key = (who.role, who.rank)

@@ -25,6 +25,7 @@ from ps.types import Applied, Decision, Fence, Prepared
 from ps.wire.health import Health, enable_reflection
 from ps.wire.options import bind, make_server, reachable
 from ps.wire.proto import from_proto, to_proto
+from ps.wire.security import PLAIN, Security
 from ps.wire.session import Session
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,13 @@ class ShardApp:
     """One shard process."""
 
     def __init__(
-        self, coordinator: str, index: int, listen: str, metrics_listen: str | None, advertise: str | None = None
+        self,
+        coordinator: str,
+        index: int,
+        listen: str,
+        metrics_listen: str | None,
+        security: Security = PLAIN,
+        advertise: str | None = None,
     ) -> None:
         self._ended = threading.Event()
         self._leaving = threading.Event()
@@ -54,7 +61,7 @@ class ShardApp:
         self._health = Health(self._server, SERVICE)
         enable_reflection(self._server, [shard_pb2.DESCRIPTOR.services_by_name["Shard"].full_name])
         self._server.add_generic_rpc_handlers((ShardServicer(self._host).handler(),))
-        port = bind(self._server, listen)
+        port = bind(self._server, listen, security)
         member = Member(
             role="shard",
             rank=index,
@@ -66,7 +73,7 @@ class ShardApp:
                 f"{reachable(metrics_listen, advertise)}:{serve_metrics(metrics_listen)}" if metrics_listen else ""
             ),
         )
-        self._session = Session(coordinator, member, self._on_message, self._on_connect)
+        self._session = Session(coordinator, member, self._on_message, self._on_connect, security)
 
     def run(self, start_timeout_s: float) -> int:
         """Serve until the coordinator ends the run, or somebody asks the process to go."""
@@ -187,6 +194,7 @@ def run(
     index: int,
     listen: str,
     metrics_listen: str | None,
+    security: Security = PLAIN,
     advertise: str | None = None,
     start_timeout_s: float = 120.0,
 ) -> int:
@@ -195,7 +203,7 @@ def run(
     Raises:
         PsError: why it could not start, or ended; one line.
     """
-    app = ShardApp(coordinator, index, listen, metrics_listen, advertise)
+    app = ShardApp(coordinator, index, listen, metrics_listen, security, advertise)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: app.leave())
     return app.run(start_timeout_s)

@@ -31,8 +31,12 @@ class AtomicFile:
     last to commit wins.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, mode: int = 0o666) -> None:
         """Open the temporary file, in the folder of `path`.
+
+        Args:
+            path: the file's own name.
+            mode: who may read it, from the start; the process's umask is taken off.
 
         Raises:
             OSError: the caller says what the file is for.
@@ -40,7 +44,7 @@ class AtomicFile:
         self.path = path
         self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self._fd: int | None = os.open(self._temporary, flags, 0o666)
+        self._fd: int | None = os.open(self._temporary, flags, mode)
 
     def write(self, data: bytes | memoryview) -> None:
         """Append all of `data`.
@@ -93,14 +97,14 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
         rest = rest[os.write(fd, rest) :]
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Replace the content of `path`: after a crash it has the old content or the new.
 
     Raises:
         StorageError: names the path and the reason; the old content stands.
     """
     try:
-        with AtomicFile(path) as file:
+        with AtomicFile(path, mode) as file:
             file.write(data)
             file.commit()
     except OSError as error:

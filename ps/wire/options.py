@@ -9,7 +9,9 @@ from typing import Any
 import grpc
 
 from ps.errors import StartupError
-from ps.types import MAX_CHUNK
+from ps.types import MAX_CHUNK, Role
+from ps.wire.access import RoleCheck
+from ps.wire.security import PLAIN, Security, name_of, refuse_exposure
 
 #: The largest frame: a chunk in FP32 and its header.
 MAX_MESSAGE_BYTES = 4 * MAX_CHUNK + (1 << 17)
@@ -56,25 +58,43 @@ CHANNEL: list[tuple[str, Any]] = [
 ]
 
 
-def open_channel(address: str) -> grpc.Channel:
-    """Open a channel of its own to `address` (host:port)."""
-    return grpc.insecure_channel(address, options=CHANNEL)
+def open_channel(address: str, security: Security = PLAIN, role: Role = Role.COORDINATOR) -> grpc.Channel:
+    """Open a channel of its own.
+
+    Args:
+        address: host:port.
+        security: what to show, and whom to believe.
+        role: who is meant to be there; with certificates nobody else will do.
+    """
+    shown = security.certificates
+    if shown is None:
+        return grpc.insecure_channel(address, options=CHANNEL)
+    credentials = grpc.ssl_channel_credentials(shown.ca, shown.key, shown.certificate)
+    return grpc.secure_channel(address, credentials, [*CHANNEL, ("grpc.ssl_target_name_override", name_of(role))])
 
 
 def make_server(threads: int) -> grpc.Server:
     """Make a server whose pool is sized for `threads` waiting streams."""
     pool = futures.ThreadPoolExecutor(max_workers=threads, thread_name_prefix="rpc")
-    return grpc.server(pool, options=SERVER)
+    return grpc.server(pool, options=SERVER, interceptors=[RoleCheck()])
 
 
-def bind(server: grpc.Server, listen: str) -> int:
+def bind(server: grpc.Server, listen: str, security: Security = PLAIN) -> int:
     """Bind a server to host:port (port 0: any) and return the port.
 
     Raises:
-        StartupError: the address cannot be bound, for example because it is in use.
+        StartupError: the address cannot be bound, for example because it is in use; or it is not
+            loopback, and there are neither certificates nor leave to go without.
     """
+    refuse_exposure(listen, security)
+    shown = security.certificates
     try:
-        port = int(server.add_insecure_port(listen))
+        if shown is None:
+            port = int(server.add_insecure_port(listen))
+        else:
+            pair = [(shown.key, shown.certificate)]
+            credentials = grpc.ssl_server_credentials(pair, shown.ca, require_client_auth=True)
+            port = int(server.add_secure_port(listen, credentials))
     except RuntimeError:
         port = 0
     if port == 0:

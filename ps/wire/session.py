@@ -18,8 +18,10 @@ import grpc
 from protos.ps.v1 import coordinator_pb2 as pb
 from protos.ps.v1 import coordinator_pb2_grpc as pb_grpc
 from protos.ps.v1.common_pb2 import Member
-from ps.errors import MismatchError, PeerUnavailable, PsError, WaitTimeout
+from ps.errors import AccessDenied, HandshakeFailed, MismatchError, PeerUnavailable, PsError, WaitTimeout
+from ps.types import Role
 from ps.wire.options import open_channel
+from ps.wire.security import PLAIN, Security
 from ps.wire.status import error_of
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class Session:
         member: Member,
         on_message: Callable[[pb.SessionResponse], None],
         on_connect: Callable[[], None],
+        security: Security = PLAIN,
     ) -> None:
         self.address = address
         self.member = member
@@ -54,7 +57,7 @@ class Session:
         self._outbox: queue.SimpleQueue[pb.SessionRequest | None] = queue.SimpleQueue()
         self._call: grpc.Call | None = None
         self._closing = threading.Event()
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, security, Role.COORDINATOR)
         self._stub = pb_grpc.CoordinatorStub(self._channel)
         self._thread = threading.Thread(target=self._keep, name="session", daemon=True)
 
@@ -64,6 +67,7 @@ class Session:
         Raises:
             WaitTimeout: there was none in time.
             MismatchError: the coordinator runs something else, or does not take this member.
+            HandshakeFailed, AccessDenied: the certificates are not those of this cluster, or of this role.
         """
         since = time.monotonic()
         attempt, say_after = 0, SAY_AFTER_S
@@ -75,7 +79,7 @@ class Session:
                 break
             except grpc.RpcError as failure:
                 error = error_of(failure, f"registering at {self.address}")
-                if not isinstance(error, PeerUnavailable):
+                if not isinstance(error, PeerUnavailable) or isinstance(error, HandshakeFailed):
                     raise error from None
             waited = time.monotonic() - since
             if self._closing.is_set():
@@ -85,7 +89,7 @@ class Session:
                     f"waited {waited:.1f} s for the coordinator at {self.address}; is it running? ({error.message})"
                 )
             if waited > say_after:
-                log.info("waiting for the coordinator at %s for %.0f s", self.address, waited)
+                log.info("waiting for the coordinator at %s for %.0f s: %s", self.address, waited, error.message)
                 say_after = 2 * waited
             self._closing.wait(BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)])
             attempt += 1
@@ -121,21 +125,25 @@ class Session:
         self._channel.close()
 
     def _keep(self) -> None:
-        attempt, lost_at = 0, time.monotonic()
+        attempt, lost_at, say_after = 0, time.monotonic(), SAY_AFTER_S
         while not self._closing.is_set():
             connected = False
             try:
                 connected = self._connect()
             except PsError as error:
-                if isinstance(error, MismatchError) or time.monotonic() - lost_at > GONE_S:
+                away = time.monotonic() - lost_at
+                if isinstance(error, MismatchError | AccessDenied) or away > GONE_S:
                     self._fail(error)
                     return
+                if away > say_after:
+                    log.info("the coordinator has been away for %.0f s: %s", away, error.message)
+                    say_after = 2 * away
             except Exception as error:
                 log.exception("the session's thread failed")
                 self._fail(PsError(f"the session failed: {error}"))
                 return
             if connected and not self._closing.is_set():
-                attempt, lost_at = 0, time.monotonic()
+                attempt, lost_at, say_after = 0, time.monotonic(), SAY_AFTER_S
                 log.info("the session with the coordinator at %s broke; connecting again", self.address)
             self._closing.wait(BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)])
             attempt += 1

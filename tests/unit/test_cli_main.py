@@ -13,6 +13,7 @@ import pytest
 from ps.errors import ConfigError, StartupError
 from ps.lifeline import Lifeline
 from ps.telemetry import logs
+from ps.wire.security import PLAIN
 from workers.cli import roles
 from workers.cli.main import main
 from workers.launch import environment, jobs
@@ -32,7 +33,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ((), ("--help",)):
         code, out, _ = run(capsys, *arguments)
         assert code == 0
-        for command in ("train", "resume", "evaluate", "sample", "digest", "coordinator", "shard", "worker"):
+        for command in ("train", "resume", "evaluate", "sample", "digest", "coordinator", "shard", "worker", "certs"):
             assert f"  {command} " in out
 
 
@@ -114,9 +115,9 @@ def test_role_flags_come_from_the_command_line_or_the_environment(
     assert main(["shard"]) == 7
     assert main(["worker", "--device", "cpu"]) == 7
     assert role == [
-        ("a:1", 2, "0.0.0.0:9", None, None),
-        ("b:2", 3, "b:3", "b:4", "b"),
-        ("b:2", None, "cpu", "b:3", "b:4", "b"),
+        ("a:1", 2, "0.0.0.0:9", None, PLAIN, None),
+        ("b:2", 3, "b:3", "b:4", PLAIN, "b"),
+        ("b:2", None, "cpu", "b:3", "b:4", PLAIN, "b"),
     ]
 
 
@@ -134,7 +135,7 @@ def test_the_coordinator_settles_the_job(
     assert main(arguments) == 7
     written = RunFolder(tmp_path / "run").read_job()
     assert written.batch.contributions_per_step == 3
-    assert role[0][1:] == (written.model_dump_json(), "127.0.0.1:0", None, None)  # type: ignore[index]
+    assert role[0][1:] == (written.model_dump_json(), "127.0.0.1:0", PLAIN, None, None)  # type: ignore[index]
     # The same command again is the same run; another job is refused unless it is asked for.
     assert main(arguments) == 7
     code, _, err = run(capsys, *arguments, "training.steps=7")

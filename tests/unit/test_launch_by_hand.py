@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from ps.errors import ConfigError, PeerUnavailable, StartupError
+from ps.types import Role
 from ps.wire import probe
 from ps.wire.health import Health
 from ps.wire.options import bind, make_server, reachable
+from ps.wire.security import load_security
 from workers.cli.main import main
 from workers.launch import jobs
 from workers.launch.by_hand import role_commands
@@ -54,6 +56,12 @@ def test_who_listens_everywhere_is_told_by_name(monkeypatch: pytest.MonkeyPatch)
     assert commands[1][:3] == ["shard", "--coordinator", "machine:7000"]
     assert reachable("0.0.0.0:1") == "machine"
     assert reachable("0.0.0.0:1", "10.0.0.5") == reachable("127.0.0.1:1", "10.0.0.5") == "10.0.0.5"
+
+
+def test_the_others_get_the_certificates_that_the_coordinator_finds_in_its_job() -> None:
+    coordinator, *others = words("security.certificates=/certs", "security.insecure=true")
+    assert "security.certificates=/certs" in coordinator
+    assert all(command[3:6] == ["--certificates", "/certs", "--insecure"] for command in others)
 
 
 def test_an_address_of_another_host_has_no_free_ports_here() -> None:
@@ -114,6 +122,29 @@ def test_health_is_asked_over_grpc(capsys: pytest.CaptureFixture[str]) -> None:
         server.stop(None).wait(5.0)
     with pytest.raises(PeerUnavailable, match=f"asking {address} for its health"):
         probe.check(address)
+
+
+def test_health_is_asked_with_certificates(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for folder in ("certs", "others"):
+        assert main(["certs", "init", str(tmp_path / folder)]) == 0
+    certs = tmp_path / "certs"
+    server = make_server(4)
+    Health(server, "x").serving()
+    port = bind(server, "127.0.0.1:0", load_security(certs, False, Role.WORKER))
+    server.start()
+    environment = {"WINDLASS_LISTEN": f"0.0.0.0:{port}"}
+    try:
+        # Its own, another role's and people's; but not somebody else's, nor none.
+        for mine in (certs / "worker", certs / "shard", certs):
+            assert probe.main([], {**environment, "WINDLASS_CERTIFICATES": str(mine)}) == 0
+        assert main(["health", f"127.0.0.1:{port}", "--certificates", str(certs / "client")]) == 0
+        for wrong in ({}, {"WINDLASS_CERTIFICATES": str(tmp_path / "others")}):
+            assert probe.main([], {**environment, **wrong}) == 1
+        capsys.readouterr()
+        assert probe.main([], {**environment, "WINDLASS_CERTIFICATES": str(tmp_path)}) == 1
+        assert "windlass certs init" in capsys.readouterr().err
+    finally:
+        server.stop(None).wait(5.0)
 
 
 @pytest.mark.parametrize("listen", ["", "0.0.0.0:0", "somewhere"])

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ps.errors import ConfigError, PsError
-from workers.cli import inspect, roles, train
+from workers.cli import certs, inspect, roles, train
 from workers.launch.processes import ERROR_PREFIX
 
 # The root of "wrong usage" in whichever click this typer brings.
@@ -37,6 +37,7 @@ _COMMANDS: tuple[Callable[..., int], ...] = (
 )
 for _command in _COMMANDS:
     app.command()(_command)
+app.add_typer(certs.app, name="certs")
 
 
 def _print_version(wanted: bool) -> None:

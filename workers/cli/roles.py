@@ -16,6 +16,7 @@ from ps.errors import ConfigError
 from ps.lifeline import Lifeline
 from ps.telemetry import logs
 from ps.types import Role
+from ps.wire.security import load_security, refuse_exposure
 from workers.cli.arguments import Device, Job, Level, require_worker_extra
 from workers.config import JobConfig
 from workers.launch import environment, gpus, jobs
@@ -50,6 +51,18 @@ LogLevel = Annotated[
     Level | None,
     typer.Option(envvar="WINDLASS_LOG_LEVEL", help="How much is logged. Default: info."),
 ]
+Certificates = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="WINDLASS_CERTIFICATES",
+        metavar="DIR",
+        help="This role's certificate, or a folder of `windlass certs init`. Default: no TLS.",
+    ),
+]
+Insecure = Annotated[
+    bool,
+    typer.Option("--insecure", envvar="WINDLASS_INSECURE", help="Serve other hosts without certificates."),
+]
 
 
 def coordinator(
@@ -68,6 +81,8 @@ def coordinator(
         bool,
         typer.Option("--resume", envvar="WINDLASS_RESUME", help="The run folder's job may be replaced by this one."),
     ] = False,
+    certificates: Certificates = None,
+    insecure: Insecure = False,
     log_level: LogLevel = None,
 ) -> int:
     """Start the coordinator, which decides.
@@ -79,11 +94,15 @@ def coordinator(
     _check_address("--metrics-listen", metrics_listen)
     _check_host("--advertise", advertise)
     _begin(Role.COORDINATOR, None, log_level or Level(resolved.launch.log_level))
+    wanted = resolved.security
+    security = load_security(certificates or wanted.certificates, insecure or wanted.insecure, Role.COORDINATOR)
+    # Before the job is written: with another one, the folder would hold another run.
+    refuse_exposure(listen, security)
     text = _settle(resolved, resume).model_dump_json()
 
     from ps.coordinator import app
 
-    return _end(app.run(from_json(RunConfig, text), text, listen, metrics_listen, advertise))
+    return _end(app.run(from_json(RunConfig, text), text, listen, security, metrics_listen, advertise))
 
 
 def shard(
@@ -92,6 +111,8 @@ def shard(
     listen: Listen = "127.0.0.1:0",
     metrics_listen: MetricsListen = None,
     advertise: Advertise = None,
+    certificates: Certificates = None,
+    insecure: Insecure = False,
     log_level: LogLevel = None,
 ) -> int:
     """Start a shard, which keeps weights.
@@ -103,10 +124,11 @@ def shard(
     _check_address("--metrics-listen", metrics_listen)
     _check_host("--advertise", advertise)
     _begin(Role.SHARD, index, log_level)
+    security = load_security(certificates, insecure, Role.SHARD)
 
     from ps.shard import app
 
-    return _end(app.run(coordinator, index, listen, metrics_listen, advertise))
+    return _end(app.run(coordinator, index, listen, metrics_listen, security, advertise))
 
 
 def worker(
@@ -130,6 +152,8 @@ def worker(
     listen: Listen = "127.0.0.1:0",
     metrics_listen: MetricsListen = None,
     advertise: Advertise = None,
+    certificates: Certificates = None,
+    insecure: Insecure = False,
     log_level: LogLevel = None,
 ) -> int:
     """Start a worker, which computes gradients."""
@@ -139,23 +163,25 @@ def worker(
     _check_host("--advertise", advertise)
     require_worker_extra("a worker")
     _begin(Role.WORKER, rank, log_level)
+    security = load_security(certificates, insecure, Role.WORKER)
     if gpu_locks is not None:
         os.environ[gpus.VISIBLE] = gpus.claim(gpus.visible_gpus(os.environ), gpu_locks)
 
     from workers.engine import app
 
-    return _end(app.run(coordinator, rank, device, listen, metrics_listen, advertise))
+    return _end(app.run(coordinator, rank, device, listen, metrics_listen, security, advertise))
 
 
 def health(
     address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Where the role listens.")],
+    certificates: Certificates = None,
 ) -> int:
     """Ask a role whether it serves: exit code 0 if it does."""
     _check_address("HOST:PORT", address)
 
     from ps.wire import probe
 
-    probe.check(address)
+    probe.check(address, certificates)
     print(f"{address} serves")
     return 0
 

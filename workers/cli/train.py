@@ -7,12 +7,15 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ps.errors import ConfigError
 from ps.lifeline import Lifeline
+from ps.types import Role
+from ps.wire.security import load_security, refuse_exposure
 from workers.cli import report
 from workers.cli.arguments import Job, Overrides, Run, require_worker_extra
 from workers.config import JobConfig
@@ -83,6 +86,7 @@ def prepare(job: Job = None) -> int:
 def _launch(job: JobConfig, resume: bool) -> int:
     require_worker_extra("training")
     logging.getLogger("workers").addHandler(logging.NullHandler())
+    _check_security(job)
     folder = RunFolder(job.run_dir)
     display = choose_display(sys.stdout, job.launch.progress_every_steps)
     command = RoleCommands(job, folder.config, resume)
@@ -96,3 +100,16 @@ def _launch(job: JobConfig, resume: bool) -> int:
     elif folder.holds_run():
         print(f"go on with: windlass resume {folder.path}")
     return end.exit_code
+
+
+def _check_security(job: JobConfig) -> None:
+    """See that the roles will not be refused their certificates or their address, before the folder holds a run.
+
+    Raises:
+        StartupError: they would be.
+    """
+    given = job.security.certificates or os.environ.get("WINDLASS_CERTIFICATES")
+    insecure = job.security.insecure or "WINDLASS_INSECURE" in os.environ
+    for role in Role:
+        security = load_security(Path(given) if given else None, insecure, role)
+        refuse_exposure(f"{job.launch.host}:0", security)

@@ -23,6 +23,7 @@ from ps.telemetry import logs
 from ps.telemetry.exporter import serve_metrics
 from ps.wire.health import Health, enable_reflection
 from ps.wire.options import bind, make_server, reachable
+from ps.wire.security import PLAIN, Security
 from ps.wire.session import Session
 from workers.config import JobConfig
 from workers.data.batches import HeldOut, TokenBatches
@@ -69,6 +70,7 @@ def run(
     device_name: str | None,
     listen: str,
     metrics_listen: str | None,
+    security: Security = PLAIN,
     advertise: str | None = None,
     start_timeout_s: float = 120.0,
 ) -> int:
@@ -80,6 +82,7 @@ def run(
         device_name: None: as the job says.
         listen: host:port of the health service; port 0 takes any.
         metrics_listen: host:port of the Prometheus exporter; None: no exporter.
+        security: its certificates, if any.
         advertise: the host that others are told; None: that of `listen`, or this host's name.
 
     Raises:
@@ -88,13 +91,14 @@ def run(
     server = make_server(HEALTH_THREADS)
     health = Health(server, HEALTH_SERVICE)
     enable_reflection(server, [])
-    address = f"{reachable(listen, advertise)}:{bind(server, listen)}"
+    address = f"{reachable(listen, advertise)}:{bind(server, listen, security)}"
     server.start()
     metrics_address = (
         f"{reachable(metrics_listen, advertise)}:{serve_metrics(metrics_listen)}" if metrics_listen else ""
     )
     try:
-        joined = join(coordinator, rank, device_name, GrpcTransport(), start_timeout_s, address, metrics_address)
+        transport = GrpcTransport(security)
+        joined = join(coordinator, rank, device_name, transport, start_timeout_s, address, metrics_address, security)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: joined.worker.leave())
         health.serving()
@@ -114,6 +118,7 @@ def join(
     start_timeout_s: float,
     address: str = "",
     metrics_address: str = "",
+    security: Security = PLAIN,
 ) -> Joined:
     """Register, and prepare everything that the run needs of this worker.
 
@@ -136,7 +141,7 @@ def join(
     def on_connect() -> None:
         session.send(model=model_message[0])
 
-    session = Session(coordinator, member, lambda message: inbox.put(Said(message)), on_connect)
+    session = Session(coordinator, member, lambda message: inbox.put(Said(message)), on_connect, security)
     response = session.register(start_timeout_s)
     logs.bind(rank=int(response.rank))
     job = from_json(JobConfig, response.job)

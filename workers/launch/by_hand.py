@@ -29,7 +29,6 @@ def role_commands(
     job: JobConfig,
     arguments: Sequence[str],
     first_port: int | None = None,
-    flags: Sequence[str] = (),
 ) -> list[str]:
     """Return the command lines of a cluster, quoted for a shell, the coordinator's first.
 
@@ -37,7 +36,6 @@ def role_commands(
         job: the resolved job.
         arguments: the job file and overrides that it was resolved from.
         first_port: the first of consecutive ports; None: ports that are free on this host now.
-        flags: what every role gets besides.
 
     Raises:
         ConfigError: there are not so many ports after `first_port`.
@@ -58,7 +56,7 @@ def role_commands(
     told = socket.gethostname() if host in ("0.0.0.0", "[::]") else host
     lines = []
     for words in _roles(job, arguments, told, lambda: next(ports)):
-        lines.append(shlex.join([*program(), *words, *flags]))
+        lines.append(shlex.join([*program(), *words]))
     return lines
 
 
@@ -67,7 +65,10 @@ def _roles(job: JobConfig, arguments: Sequence[str], told: str, port: NextPort) 
     # The run folder's default is named after the time, which has to be the same for all.
     named = [] if any(text.startswith("run_dir=") for text in arguments) else [f"run_dir={job.run_dir.absolute()}"]
     yield ["coordinator", *arguments, *named, *_listen(job, coordinator, port)]
+    security = job.security
     to = ["--coordinator", f"{told}:{coordinator}"]
+    to += ["--certificates", str(security.certificates)] if security.certificates else []
+    to += ["--insecure"] if security.insecure else []
     for index in range(job.cluster.shards):
         yield ["shard", *to, "--index", str(index), *_listen(job, port(), port)]
     for _ in range(job.cluster.workers):

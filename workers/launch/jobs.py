@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "checkpoint.",
     "membership.",
     "telemetry.",
+    "security.",
     "worker.",
     "launch.",
 )
@@ -74,7 +75,9 @@ def resolve(job_file: Path | None, overrides: Sequence[str], base: dict[str, Any
     batch = job.batch.model_copy(update={"contributions_per_step": job.contributions})
     # A run is evaluated, sampled and resumed from anywhere.
     paths = {"paths": tuple(path.absolute() for path in job.data.paths), "cache_dir": job.data.cache_dir.absolute()}
-    return job.model_copy(update={"batch": batch, "data": job.data.model_copy(update=paths)})
+    folder = job.security.certificates
+    security = job.security.model_copy(update={"certificates": folder.absolute() if folder else None})
+    return job.model_copy(update={"batch": batch, "data": job.data.model_copy(update=paths), "security": security})
 
 
 def resume(previous: JobConfig, run_dir: Path, overrides: Sequence[str]) -> JobConfig:

@@ -44,17 +44,24 @@ class RoleCommands:
     def __call__(self, member: Member, coordinator: str | None) -> list[str]:
         """Return a role's command line, given the coordinator's HOST:PORT; None: it has no port yet."""
         listen = f"{self.job.launch.host}:0"
+        security = self._security()
         if member.role is Role.COORDINATOR:
             resume = ["--resume"] if self.resume else []
-            return windlass("coordinator", str(self.config), "--listen", coordinator or listen, *resume)
+            return windlass("coordinator", str(self.config), "--listen", coordinator or listen, *resume, *security)
         if coordinator is None:
             raise ValueError(f"{member} cannot start before the coordinator's address is known")
-        flags = ["--coordinator", coordinator]
+        flags = ["--coordinator", coordinator, *security]
         if self.job.telemetry.metrics:
             flags += ["--metrics-listen", f"{self.job.telemetry.metrics_host}:0"]
         if member.role is Role.SHARD:
             return windlass("shard", *flags, "--index", str(member.rank), "--listen", listen)
         return windlass("worker", *flags, "--rank", str(member.rank), "--listen", listen)
+
+    def _security(self) -> list[str]:
+        """The job's; what it leaves out the roles find in the environment, as the launcher does."""
+        security = self.job.security
+        flags = ["--certificates", str(security.certificates)] if security.certificates else []
+        return [*flags, "--insecure"] if security.insecure else flags
 
 
 @dataclass
