@@ -76,12 +76,19 @@ class Project:
         kinds = (["ps", "--all"], ["volume", "ls"], ["network", "ls"])
         return "".join(run(["docker", *kind, *label]) for kind in kinds)
 
+    def said(self, service: str, words: str, index: int = 1) -> bool:
+        """Whether a container has written these words, in this life or one before."""
+        found = subprocess.run(
+            ["docker", "logs", f"{self.name}-{service}-{index}"], capture_output=True, text=True, check=False
+        )
+        return words in found.stdout + found.stderr
+
     def records(self, run_dir: str) -> list[dict[str, Any]]:
-        """metrics.jsonl of a run in the volume, read by a container of its own: the roles may be gone."""
-        mounted = ["--volume", f"{self.name}_runs:/runs:ro", "--entrypoint", "cat"]
+        """metrics.jsonl of a run, from the volume itself: the roles may be gone."""
+        volume = run(["docker", "volume", "inspect", "--format", "{{.Mountpoint}}", f"{self.name}_runs"]).strip()
         try:
-            text = run(["docker", "run", "--rm", *mounted, "windlass-ps:local", f"{run_dir}/metrics.jsonl"])
-        except AssertionError:
+            text = (Path(volume) / run_dir / "metrics.jsonl").read_text()
+        except FileNotFoundError:
             return []
         return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
 

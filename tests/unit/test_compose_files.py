@@ -19,7 +19,7 @@ SERVICES: dict[str, Any] = BASE["services"]
 SHARDS = ("shard-0", "shard-1")
 ROLES = ("coordinator", *SHARDS, "worker")
 ONCE = ("certs", "prepare", "grafana-password", "tools")
-OVERLAYS = ([], ["insecure"], ["gpu"], ["test"], ["insecure", "test"], ["insecure", "gpu"])
+OVERLAYS = ([], ["insecure"], ["gpu"], ["test"], ["text"], ["insecure", "test"], ["insecure", "gpu", "text"])
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -147,7 +147,8 @@ def _copied(name: str) -> list[str]:
 
 @pytest.mark.skipif(shutil.which("docker") is None, reason="needs the docker command with Compose")
 @pytest.mark.parametrize("overlays", OVERLAYS, ids="+".join)
-def test_compose_takes_the_files(overlays: list[str]) -> None:
+def test_compose_takes_the_files(overlays: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WINDLASS_TEXT", "/books")
     files = [word for name in ("compose", *overlays) for word in ("--file", str(COMPOSE / f"{name}.yaml"))]
     command = ["docker", "compose", *files, "config", "--format", "json"]
     found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -160,5 +161,12 @@ def test_compose_takes_the_files(overlays: list[str]) -> None:
     assert ("grafana" in services) == ("test" not in overlays)
     if "insecure" in overlays:
         assert not [name for name in ROLES if "WINDLASS_CERTIFICATES" in services[name]["environment"]]
+    if "text" in overlays:
+        assert all(services[name]["command"][-1] == "data.paths=[/text]" for name in ("prepare", "coordinator"))
+        mounted = [volume["target"] for volume in services["worker"]["volumes"] if volume["source"] == "/books"]
+        assert mounted == ["/text"]
+        assert set(SERVICES["coordinator"]["command"]) <= {
+            word.replace("default", "${WINDLASS_RUN:-default}") for word in services["coordinator"]["command"]
+        }
     if "gpu" in overlays:
         assert services["worker"]["deploy"]["resources"]["reservations"]["devices"][0]["driver"] == "nvidia"
