@@ -21,10 +21,12 @@ app = typer.Typer(help="Make and show certificates, for TLS between the roles.")
 CA_FOLDER, CA_KEY_FILE = "ca", "ca.key"
 #: Apple's limit for certificates of servers, and as good as any.
 LEAF_DAYS = 825
+#: As long as the CA itself.
+MAX_DAYS = 3650
 _PRIVATE = 0o600
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the CA and the certificates.")]
-Days = Annotated[int, typer.Option(min=1, help="For so long the certificates are valid.")]
+Days = Annotated[int, typer.Option(min=1, max=MAX_DAYS, help="For so long the certificates are valid.")]
 
 
 @app.command()
