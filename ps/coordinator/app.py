@@ -58,8 +58,11 @@ class CoordinatorApp:
         security: Security = PLAIN,
         metrics_listen: str | None = None,
         advertise: str | None = None,
+        linger_s: float = 0.0,
     ) -> None:
         self._config = config
+        self._linger_s = linger_s
+        self._asked_to_stop = threading.Event()
         self._ended = threading.Event()
         self._outcome: tuple[bool, str] = (True, "")
         #: Since when the run has been at which version.
@@ -151,11 +154,19 @@ class CoordinatorApp:
 
     def stop(self, reason: str) -> None:
         """Have the state saved and the run end."""
+        self._asked_to_stop.set()
         self._loop.post(lambda _: self._machine.stop(reason))
 
     def _say_goodbye(self) -> None:
         ok, reason = self._outcome
         self._sessions.end_all(ok, reason)
+        self._wait_for_sessions()
+        if ok and self._linger_s:
+            log.info("%s; staying for %g s, for who comes late", reason, self._linger_s)
+            self._asked_to_stop.wait(self._linger_s)
+            self._wait_for_sessions()
+
+    def _wait_for_sessions(self) -> None:
         deadline = time.monotonic() + END_S
         while len(self._sessions) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -186,6 +197,8 @@ class CoordinatorApp:
                 log.info("%s", waiting)
 
     def _end(self, ok: bool, reason: str) -> None:
+        if self._ended.is_set():
+            return
         self._outcome = (ok, reason)
         self._ended.set()
 
@@ -230,6 +243,7 @@ def run(
     security: Security = PLAIN,
     metrics_listen: str | None = None,
     advertise: str | None = None,
+    linger_s: float = 0.0,
 ) -> int:
     """Run the coordinator until the end of the run; returns the exit code.
 
@@ -240,11 +254,12 @@ def run(
         security: its certificates, if any.
         metrics_listen: host:port of the Prometheus exporter; None: as the job says.
         advertise: the host that others are told; None: that of `listen`, or this host's name.
+        linger_s: how long to stay after the end, so that a member that starts late hears of it.
 
     Raises:
         PsError: why it could not start, or why the run could not go on; one line.
     """
-    app = CoordinatorApp(config, job_json, listen, security, metrics_listen, advertise)
+    app = CoordinatorApp(config, job_json, listen, security, metrics_listen, advertise, linger_s)
     for number in (signal.SIGTERM, signal.SIGINT):
         name = signal.Signals(number).name
         signal.signal(number, lambda *_, name=name: app.stop(f"asked to stop ({name})"))

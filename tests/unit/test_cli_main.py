@@ -135,7 +135,7 @@ def test_the_coordinator_settles_the_job(
     assert main(arguments) == 7
     written = RunFolder(tmp_path / "run").read_job()
     assert written.batch.contributions_per_step == 3
-    assert role[0][1:] == (written.model_dump_json(), "127.0.0.1:0", PLAIN, None, None)  # type: ignore[index]
+    assert role[0][1:] == (written.model_dump_json(), "127.0.0.1:0", PLAIN, None, None, 0.0)  # type: ignore[index]
     # The same command again is the same run; another job is refused unless it is asked for.
     assert main(arguments) == 7
     code, _, err = run(capsys, *arguments, "training.steps=7")

@@ -81,6 +81,15 @@ def coordinator(
         bool,
         typer.Option("--resume", envvar="WINDLASS_RESUME", help="The run folder's job may be replaced by this one."),
     ] = False,
+    linger: Annotated[
+        float,
+        typer.Option(
+            envvar="WINDLASS_LINGER",
+            metavar="SECONDS",
+            min=0,
+            help="Stay so long after the end of the run: a role that is only starting then hears of it, and ends too.",
+        ),
+    ] = 0.0,
     certificates: Certificates = None,
     insecure: Insecure = False,
     log_level: LogLevel = None,
@@ -102,7 +111,7 @@ def coordinator(
 
     from ps.coordinator import app
 
-    return _end(app.run(from_json(RunConfig, text), text, listen, security, metrics_listen, advertise))
+    return _end(app.run(from_json(RunConfig, text), text, listen, security, metrics_listen, advertise, linger))
 
 
 def shard(
