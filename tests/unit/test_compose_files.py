@@ -44,7 +44,7 @@ def test_every_container_is_confined(name: str) -> None:
         assert (service["healthcheck"], service["restart"]) == ({"disable": True}, "no")
     else:
         assert service["healthcheck"]["test"][0] == "CMD"
-        assert service["restart"] == ("on-failure:10" if name in ROLES else "unless-stopped")
+        assert service["restart"] == ("on-failure" if name in ROLES else "unless-stopped")
 
 
 def test_only_the_pages_for_people_are_published_and_only_on_loopback() -> None:
