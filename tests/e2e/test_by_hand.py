@@ -41,7 +41,7 @@ def test_the_printed_commands_train(tmp_path: Path) -> None:
         eventually(lambda: run.steps() >= 1 or processes[-1].poll() is not None, START_S, "the first step")
         metrics = next(word for word in lines[0].split() if word.startswith("127.0.0.1:") and word not in lines[1])
         with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=10.0) as answer:
-            assert b"windlass_term 1.0" in answer.read()
+            assert b'windlass_term{rank="0",role="coordinator",run="run"} 1.0' in answer.read()
         codes = [process.wait(120) for process in processes]
     logs = "\n".join(path.read_text() for path in sorted(tmp_path.glob("*.log")))
     assert codes == [0] * 5, logs
