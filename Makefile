@@ -10,7 +10,7 @@ PROTO_VENV ?= .venv-protos
 GRPCIO_TOOLS := 1.76.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check lint types imports protos protos-check format bench clean
+.PHONY: help setup train test e2e-compose check lint types imports protos protos-check format bench clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,10 @@ train: setup  ## Train the default GPT on this host: 1 coordinator, 2 shards, 2 
 
 test: setup  ## Run all tests
 	$(BIN)/python -m pytest -q
+
+# As root: it kills the containers' processes from outside. The variables of compose.yaml, such as TORCH_INDEX, count.
+e2e-compose: setup  ## Build the images, train in containers, kill some, see that nothing is left; needs Docker
+	WINDLASS_DOCKER=1 $(BIN)/python -m pytest -q tests/e2e/test_compose.py
 
 check: setup lint types imports protos-check  ## Everything that reads the code: ruff, mypy, import-linter, stub drift
 

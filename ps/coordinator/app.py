@@ -52,8 +52,19 @@ WAIT_LOG_S = 10.0
 class CoordinatorApp:
     """One coordinator process."""
 
-    def __init__(self, config: RunConfig, job_json: str, listen: str, security: Security = PLAIN) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        job_json: str,
+        listen: str,
+        security: Security = PLAIN,
+        metrics_listen: str | None = None,
+        advertise: str | None = None,
+        linger_s: float = 0.0,
+    ) -> None:
         self._config = config
+        self._linger_s = linger_s
+        self._asked_to_stop = threading.Event()
         self._ended = threading.Event()
         self._outcome: tuple[bool, str] = (True, "")
         #: Since when the run has been at which version.
@@ -77,15 +88,16 @@ class CoordinatorApp:
         self._recorder.keep(history.recorded, set(history.evaluations))
         identify(config.run_name, Role.COORDINATOR, 0)
         self._monitor = Monitor(config, history, candidates)
-        metrics_listen = f"{config.telemetry.metrics_host}:0" if config.telemetry.metrics else None
+        if metrics_listen is None and config.telemetry.metrics:
+            metrics_listen = f"{config.telemetry.metrics_host}:0"
         self._self = MemberState(
             Role.COORDINATOR,
             0,
             0,
             os.getpid(),
             socket.gethostname(),
-            f"{reachable(listen)}:{port}",
-            f"{reachable(metrics_listen)}:{serve_metrics(metrics_listen)}" if metrics_listen else "",
+            f"{reachable(listen, advertise)}:{port}",
+            f"{reachable(metrics_listen, advertise)}:{serve_metrics(metrics_listen)}" if metrics_listen else "",
         )
         self._effects = Effects(
             self._machine,
@@ -146,11 +158,19 @@ class CoordinatorApp:
 
     def stop(self, reason: str) -> None:
         """Have the state saved and the run end."""
+        self._asked_to_stop.set()
         self._loop.post(lambda _: self._machine.stop(reason))
 
     def _say_goodbye(self) -> None:
         ok, reason = self._outcome
         self._sessions.end_all(ok, reason)
+        self._wait_for_sessions()
+        if ok and self._linger_s:
+            log.info("%s; staying for %g s, for who comes late", reason, self._linger_s)
+            self._asked_to_stop.wait(self._linger_s)
+            self._wait_for_sessions()
+
+    def _wait_for_sessions(self) -> None:
         deadline = time.monotonic() + END_S
         while len(self._sessions) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -176,6 +196,8 @@ class CoordinatorApp:
                 log.info("%s", waiting)
 
     def _end(self, ok: bool, reason: str) -> None:
+        if self._ended.is_set():
+            return
         self._outcome = (ok, reason)
         self._ended.set()
 
@@ -220,7 +242,15 @@ def state_of(manifest: Manifest) -> TrainingState:
     return TrainingState(manifest.version, manifest.applied, manifest.skipped, scaler)
 
 
-def run(config: RunConfig, job_json: str, listen: str, security: Security = PLAIN) -> int:
+def run(
+    config: RunConfig,
+    job_json: str,
+    listen: str,
+    security: Security = PLAIN,
+    metrics_listen: str | None = None,
+    advertise: str | None = None,
+    linger_s: float = 0.0,
+) -> int:
     """Run the coordinator until the end of the run; returns the exit code.
 
     Args:
@@ -228,11 +258,14 @@ def run(config: RunConfig, job_json: str, listen: str, security: Security = PLAI
         job_json: the whole resolved job, which it hands to the other roles.
         listen: host:port; port 0 takes any.
         security: its certificates, if any.
+        metrics_listen: host:port of the Prometheus exporter; None: as the job says.
+        advertise: the host that others are told; None: that of `listen`, or this host's name.
+        linger_s: how long to stay after the end, so that a member that starts late hears of it.
 
     Raises:
         PsError: why it could not start, or why the run could not go on; one line.
     """
-    app = CoordinatorApp(config, job_json, listen, security)
+    app = CoordinatorApp(config, job_json, listen, security, metrics_listen, advertise, linger_s)
     for number in (signal.SIGTERM, signal.SIGINT):
         name = signal.Signals(number).name
         signal.signal(number, lambda *_, name=name: app.stop(f"asked to stop ({name})"))

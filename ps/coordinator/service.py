@@ -41,6 +41,7 @@ class Sessions:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._queues: dict[Key, _Queue] = {}
+        self._goodbye: pb.End | None = None
 
     def open(self, key: Key) -> _Queue:
         """Open a queue; an earlier session of the same member ends."""
@@ -48,6 +49,8 @@ class Sessions:
         with self._lock:
             before = self._queues.get(key)
             self._queues[key] = mine
+            if self._goodbye is not None:
+                mine.put(pb.SessionResponse(end=self._goodbye))
         if before is not None:
             before.put(None)
         return mine
@@ -68,11 +71,12 @@ class Sessions:
             found.put(pb.SessionResponse(**event))
 
     def end_all(self, ok: bool, reason: str) -> None:
-        """Tell every member that the run is over."""
+        """Tell every member that the run is over, and from now on whoever opens a session."""
         with self._lock:
+            self._goodbye = pb.End(ok=ok, reason=reason)
             queues = list(self._queues.values())
         for found in queues:
-            found.put(pb.SessionResponse(end=pb.End(ok=ok, reason=reason)))
+            found.put(pb.SessionResponse(end=self._goodbye))
 
     def __len__(self) -> int:
         with self._lock:

@@ -42,7 +42,13 @@ class ShardApp:
     """One shard process."""
 
     def __init__(
-        self, coordinator: str, index: int, listen: str, metrics_listen: str | None, security: Security = PLAIN
+        self,
+        coordinator: str,
+        index: int,
+        listen: str,
+        metrics_listen: str | None,
+        security: Security = PLAIN,
+        advertise: str | None = None,
     ) -> None:
         self._ended = threading.Event()
         self._leaving = threading.Event()
@@ -62,8 +68,10 @@ class ShardApp:
             incarnation=incarnation,
             pid=os.getpid(),
             host=socket.gethostname(),
-            address=f"{reachable(listen)}:{port}",
-            metrics_address=f"{reachable(metrics_listen)}:{serve_metrics(metrics_listen)}" if metrics_listen else "",
+            address=f"{reachable(listen, advertise)}:{port}",
+            metrics_address=(
+                f"{reachable(metrics_listen, advertise)}:{serve_metrics(metrics_listen)}" if metrics_listen else ""
+            ),
         )
         self._session = Session(coordinator, member, self._on_message, self._on_connect, security)
 
@@ -188,6 +196,7 @@ def run(
     listen: str,
     metrics_listen: str | None,
     security: Security = PLAIN,
+    advertise: str | None = None,
     start_timeout_s: float = 120.0,
 ) -> int:
     """Run one shard until its end; returns the exit code.
@@ -195,7 +204,7 @@ def run(
     Raises:
         PsError: why it could not start, or ended; one line.
     """
-    app = ShardApp(coordinator, index, listen, metrics_listen, security)
+    app = ShardApp(coordinator, index, listen, metrics_listen, security, advertise)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: app.leave())
     return app.run(start_timeout_s)

@@ -102,7 +102,9 @@ def bind(server: grpc.Server, listen: str, security: Security = PLAIN) -> int:
     return port
 
 
-def reachable(listen: str) -> str:
-    """The name under which others reach this host: its own when it listens on every address."""
+def reachable(listen: str, advertise: str | None = None) -> str:
+    """The name under which others reach this host: `advertise`, or its own when it listens on every address."""
+    if advertise:
+        return advertise
     host = listen.rpartition(":")[0]
     return socket.gethostname() if host in ("", "0.0.0.0", "[::]") else host

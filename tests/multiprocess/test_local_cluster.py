@@ -84,7 +84,9 @@ def test_a_run_that_fails_fails_the_block(tmp_path: Path, capfd: pytest.CaptureF
         with cluster, pytest.raises(windlass.StartupError, match="start_timeout_s is over"):
             cluster.wait(60.0)
 
-    with pytest.raises(windlass.StartupError, match=r"coordinator-0: waiting for any worker.*start_timeout_s is over"):
+    with pytest.raises(
+        windlass.StartupError, match=r"coordinator-0: gathering: waiting for any worker.*start_timeout_s is over"
+    ):
         nobody_comes()
     assert cluster.pids == {}
     assert "start_timeout_s is over" in capfd.readouterr().err

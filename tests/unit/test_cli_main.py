@@ -114,12 +114,13 @@ def test_role_flags_come_from_the_command_line_or_the_environment(
     monkeypatch.setenv("WINDLASS_INDEX", "3")
     monkeypatch.setenv("WINDLASS_LISTEN", "b:3")
     monkeypatch.setenv("WINDLASS_METRICS_LISTEN", "b:4")
+    monkeypatch.setenv("WINDLASS_ADVERTISE", "b")
     assert main(["shard"]) == 7
     assert main(["worker", "--device", "cpu"]) == 7
     assert role == [
-        ("a:1", 2, "0.0.0.0:9", None, PLAIN),
-        ("b:2", 3, "b:3", "b:4", PLAIN),
-        ("b:2", None, "cpu", "b:3", "b:4", PLAIN),
+        ("a:1", 2, "0.0.0.0:9", None, PLAIN, None),
+        ("b:2", 3, "b:3", "b:4", PLAIN, "b"),
+        ("b:2", None, "cpu", "b:3", "b:4", PLAIN, "b"),
     ]
 
 
@@ -137,7 +138,7 @@ def test_the_coordinator_settles_the_job(
     assert main(arguments) == 7
     written = RunFolder(tmp_path / "run").read_job()
     assert written.batch.contributions_per_step == 3
-    assert role[0][1:] == (written.model_dump_json(), "127.0.0.1:0", PLAIN)  # type: ignore[index]
+    assert role[0][1:] == (written.model_dump_json(), "127.0.0.1:0", PLAIN, None, None, 0.0)  # type: ignore[index]
     # The same command again is the same run; another job is refused unless it is asked for.
     assert main(arguments) == 7
     code, _, err = run(capsys, *arguments, "training.steps=7")

@@ -37,6 +37,7 @@ _COMMANDS: tuple[Callable[..., int], ...] = (
     roles.coordinator,
     roles.shard,
     roles.worker,
+    roles.health,
 )
 for _command in _COMMANDS:
     app.command()(_command)

@@ -19,7 +19,7 @@ from ps.types import Role
 from ps.wire.security import load_security, refuse_exposure
 from workers.cli.arguments import Certificates, Device, Job, Level, require_worker_extra
 from workers.config import JobConfig
-from workers.launch import environment, jobs
+from workers.launch import environment, gpus, jobs
 from workers.launch.folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,14 @@ MetricsListen = Annotated[
         help="Where to serve Prometheus metrics; port 0: any free one. Default: nowhere.",
     ),
 ]
+Advertise = Annotated[
+    str | None,
+    typer.Option(
+        envvar="WINDLASS_ADVERTISE",
+        metavar="HOST",
+        help="The host that others are told. Default: that of --listen, or this host's name if it listens everywhere.",
+    ),
+]
 LogLevel = Annotated[
     Level | None,
     typer.Option(envvar="WINDLASS_LOG_LEVEL", help="How much is logged. Default: info."),
@@ -52,10 +60,28 @@ Insecure = Annotated[
 def coordinator(
     job: Job = None,
     listen: Listen = "127.0.0.1:0",
+    metrics_listen: Annotated[
+        str | None,
+        typer.Option(
+            envvar="WINDLASS_METRICS_LISTEN",
+            metavar="HOST:PORT",
+            help="Where to serve Prometheus metrics; port 0: any free one. Default: as the job says.",
+        ),
+    ] = None,
+    advertise: Advertise = None,
     resume: Annotated[
         bool,
         typer.Option("--resume", envvar="WINDLASS_RESUME", help="The run folder's job may be replaced by this one."),
     ] = False,
+    linger: Annotated[
+        float,
+        typer.Option(
+            envvar="WINDLASS_LINGER",
+            metavar="SECONDS",
+            min=0,
+            help="Stay so long after the end of the run: a role that is only starting then hears of it, and ends too.",
+        ),
+    ] = 0.0,
     certificates: Certificates = None,
     insecure: Insecure = False,
     log_level: LogLevel = None,
@@ -64,8 +90,10 @@ def coordinator(
 
     It keeps membership, the step clock and the journal of decisions.
     """
-    resolved = jobs.resolve(*jobs.split_arguments(job or ()))
+    resolved = jobs.resolve(*jobs.given(job or (), os.environ))
     _check_address("--listen", listen)
+    _check_address("--metrics-listen", metrics_listen)
+    _check_host("--advertise", advertise)
     _begin(Role.COORDINATOR, None, log_level or Level(resolved.launch.log_level))
     wanted = resolved.security
     security = load_security(certificates or wanted.certificates, insecure or wanted.insecure, Role.COORDINATOR)
@@ -75,7 +103,7 @@ def coordinator(
 
     from ps.coordinator import app
 
-    return _end(app.run(from_json(RunConfig, text), text, listen, security))
+    return _end(app.run(from_json(RunConfig, text), text, listen, security, metrics_listen, advertise, linger))
 
 
 def shard(
@@ -83,6 +111,7 @@ def shard(
     index: Annotated[int, typer.Option(envvar="WINDLASS_INDEX", min=0, help="Which shard: 0..S-1.")],
     listen: Listen = "127.0.0.1:0",
     metrics_listen: MetricsListen = None,
+    advertise: Advertise = None,
     certificates: Certificates = None,
     insecure: Insecure = False,
     log_level: LogLevel = None,
@@ -94,12 +123,13 @@ def shard(
     _check_address("--coordinator", coordinator)
     _check_address("--listen", listen)
     _check_address("--metrics-listen", metrics_listen)
+    _check_host("--advertise", advertise)
     _begin(Role.SHARD, index, log_level)
     security = load_security(certificates, insecure, Role.SHARD)
 
     from ps.shard import app
 
-    return _end(app.run(coordinator, index, listen, metrics_listen, security))
+    return _end(app.run(coordinator, index, listen, metrics_listen, security, advertise))
 
 
 def worker(
@@ -112,8 +142,17 @@ def worker(
         Device | None,
         typer.Option(envvar="WINDLASS_DEVICE", help="Where to compute. Default: as the job says."),
     ] = None,
+    gpu_locks: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="WINDLASS_GPU_LOCKS",
+            metavar="DIR",
+            help="Take a GPU that no other worker with this folder has taken. Default: the first one.",
+        ),
+    ] = None,
     listen: Listen = "127.0.0.1:0",
     metrics_listen: MetricsListen = None,
+    advertise: Advertise = None,
     certificates: Certificates = None,
     insecure: Insecure = False,
     log_level: LogLevel = None,
@@ -122,13 +161,30 @@ def worker(
     _check_address("--coordinator", coordinator)
     _check_address("--listen", listen)
     _check_address("--metrics-listen", metrics_listen)
+    _check_host("--advertise", advertise)
     require_worker_extra("a worker")
     _begin(Role.WORKER, rank, log_level)
     security = load_security(certificates, insecure, Role.WORKER)
+    if gpu_locks is not None:
+        os.environ[gpus.VISIBLE] = gpus.claim(gpus.visible_gpus(os.environ), gpu_locks)
 
     from workers.engine import app
 
-    return _end(app.run(coordinator, rank, device, listen, metrics_listen, security))
+    return _end(app.run(coordinator, rank, device, listen, metrics_listen, security, advertise))
+
+
+def health(
+    address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Where the role listens.")],
+    certificates: Certificates = None,
+) -> int:
+    """Ask a role whether it serves: exit code 0 if it does."""
+    _check_address("HOST:PORT", address)
+
+    from ps.wire import probe
+
+    probe.check(address, certificates)
+    print(f"{address} serves")
+    return 0
 
 
 def _begin(role: Role, rank: int | None, log_level: Level | None) -> None:
@@ -159,6 +215,11 @@ def _check_address(flag: str, address: str | None) -> None:
     host, colon, port = address.rpartition(":")
     if not host or not colon or not port.isascii() or not port.isdigit() or int(port) > 65_535:
         raise ConfigError(f"{flag}={address}: not HOST:PORT with a port of 0 to 65535")
+
+
+def _check_host(flag: str, host: str | None) -> None:
+    if host is not None and (not host or "/" in host or (":" in host and not host.endswith("]"))):
+        raise ConfigError(f"{flag}={host}: not a host's name or address; the port is that of --listen")
 
 
 def _settle(job: JobConfig, resume: bool) -> JobConfig:

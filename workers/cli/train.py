@@ -8,7 +8,11 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from ps.errors import ConfigError
 from ps.lifeline import Lifeline
 from ps.types import Role
 from ps.wire.security import CLIENT, Security, load_security, refuse_exposure
@@ -16,18 +20,36 @@ from workers.cli import report
 from workers.cli.arguments import Job, Overrides, Run, require_worker_extra
 from workers.config import JobConfig
 from workers.launch import jobs
+from workers.launch.by_hand import LAST_PORT, role_commands
 from workers.launch.folder import RunFolder
 from workers.launch.launcher import Launcher
 from workers.launch.processes import ERROR_PREFIX, RoleCommands, windlass
 from workers.launch.progress import choose_display
 
 
-def train(job: Job = None) -> int:
+def train(
+    job: Job = None,
+    print_commands: Annotated[
+        bool,
+        typer.Option("--print-commands", help="Print the command of each role, to start them by hand, and end."),
+    ] = False,
+    first_port: Annotated[
+        int | None,
+        typer.Option(min=1, max=LAST_PORT, help="With --print-commands: use ports from here on. Default: free ones."),
+    ] = None,
+) -> int:
     """Train on this host, with all the roles.
 
     Starts a coordinator, shards and workers, restarts what dies, and shows how it goes.
     """
-    resolved = jobs.resolve(*jobs.split_arguments(job or ()))
+    job_file, overrides = jobs.given(job or (), os.environ)
+    resolved = jobs.resolve(job_file, overrides)
+    if print_commands:
+        arguments = [*([str(job_file.absolute())] if job_file else []), *overrides]
+        print("\n".join(role_commands(resolved, arguments, first_port)))
+        return 0
+    if first_port is not None:
+        raise ConfigError(f"--first-port={first_port} goes with --print-commands; a launcher takes free ports")
     return _launch(resolved, resume=False)
 
 
@@ -49,7 +71,7 @@ def prepare(job: Job = None) -> int:
     lifeline = Lifeline.from_environment()
     if lifeline is not None:
         lifeline.watch(lambda: os.kill(os.getpid(), signal.SIGKILL))
-    config = jobs.resolve(*jobs.split_arguments(job or ())).data
+    config = jobs.resolve(*jobs.given(job or (), os.environ)).data
 
     from workers.data.prepare import prepare as prepare_data
 

@@ -74,6 +74,7 @@ def run(
     listen: str,
     metrics_listen: str | None,
     security: Security = PLAIN,
+    advertise: str | None = None,
     start_timeout_s: float = 120.0,
 ) -> int:
     """Run one worker until the end of the run; returns the exit code.
@@ -85,6 +86,7 @@ def run(
         listen: host:port of the health service; port 0 takes any.
         metrics_listen: host:port of the Prometheus exporter; None: no exporter.
         security: its certificates, if any.
+        advertise: the host that others are told; None: that of `listen`, or this host's name.
 
     Raises:
         PsError: why it could not start, or ended; one line.
@@ -92,9 +94,11 @@ def run(
     server = make_server(HEALTH_THREADS)
     health = Health(server, HEALTH_SERVICE)
     enable_reflection(server, [])
-    address = f"{reachable(listen)}:{bind(server, listen, security)}"
+    address = f"{reachable(listen, advertise)}:{bind(server, listen, security)}"
     server.start()
-    metrics_address = f"{reachable(metrics_listen)}:{serve_metrics(metrics_listen)}" if metrics_listen else ""
+    metrics_address = (
+        f"{reachable(metrics_listen, advertise)}:{serve_metrics(metrics_listen)}" if metrics_listen else ""
+    )
     try:
         transport = GrpcTransport(security)
         joined = join(coordinator, rank, device_name, transport, start_timeout_s, address, metrics_address, security)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +45,24 @@ def split_arguments(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     if arguments and ("=" not in arguments[0] or Path(arguments[0]).is_file()):
         return Path(arguments[0]), list(arguments[1:])
     return None, list(arguments)
+
+
+def given(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[Path | None, list[str]]:
+    """The job file and the overrides of a command: $WINDLASS_JOB and $WINDLASS_OVERRIDES, then what it is called with.
+
+    Raises:
+        ConfigError: $WINDLASS_OVERRIDES has an open quote.
+    """
+    job_file, overrides = split_arguments(arguments)
+    if job_file is None and environment.get("WINDLASS_JOB"):
+        job_file = Path(environment["WINDLASS_JOB"])
+    text = environment.get("WINDLASS_OVERRIDES", "")
+    try:
+        return job_file, [*shlex.split(text), *overrides]
+    except ValueError as error:
+        raise ConfigError(
+            f"WINDLASS_OVERRIDES={text}: {error}; separate key=value by spaces, and quote as in a shell"
+        ) from None
 
 
 def resolve(job_file: Path | None, overrides: Sequence[str], base: dict[str, Any] | None = None) -> JobConfig:
