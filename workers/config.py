@@ -92,8 +92,9 @@ class WorkerConfig(Section):
 
 
 class LaunchConfig(Section):
-    transport: Literal["auto", "grpc", "shm"] = "auto"
-    """How tensors travel between a worker and a shard: through shared memory on one host, else over gRPC."""
+    transport: Literal["auto", "grpc", "shm"] = "grpc"
+    """How tensors travel between a worker and a shard: over gRPC, through shared memory where they share a host (auto),
+    or only so (shm)."""
     host: str = "127.0.0.1"
     """The address that the roles bind."""
     restart_limit: int = Field(10, ge=0)

@@ -80,7 +80,7 @@ class ParameterClient:
         incarnation: int,
         table: ParameterTable,
         source: Source,
-        sharing: Sharing = Sharing.AUTO,
+        sharing: Sharing = Sharing.NEVER,
     ) -> None:
         self.links = ShardLinks(transport, inbox, rank, incarnation, self._offer)
         self._sharing = sharing

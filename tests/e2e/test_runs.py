@@ -40,10 +40,12 @@ def test_a_run_that_stops_at_a_step_and_resumes_is_the_same_run(folder: Path, un
     assert resumed.digest() == undisturbed
 
 
+@pytest.mark.parametrize("transport", ["grpc", "shm"])
 @pytest.mark.parametrize(("role", "rank"), [("worker", 1), ("shard", 0), ("coordinator", 0)])
-def test_a_killed_role_changes_nothing(folder: Path, undisturbed: str, role: str, rank: int) -> None:
-    name = f"killed-{role}"
-    arguments = tiny_job(folder, name, f"training.steps={STEPS}", "checkpoint.every_steps=50")
+def test_a_killed_role_changes_nothing(folder: Path, undisturbed: str, role: str, rank: int, transport: str) -> None:
+    name = f"killed-{role}-{transport}"
+    often = (f"training.steps={STEPS}", "checkpoint.every_steps=50")
+    arguments = tiny_job(folder, name, *often, f"launch.transport={transport}")
     with launched("train", folder / name, arguments) as run:
         run.wait_for_step(60)
         run.kill(role, rank)
