@@ -16,6 +16,7 @@ import numpy as np
 from protos.ps.v1 import coordinator_pb2 as pb
 from protos.ps.v1.common_pb2 import Member
 from ps.client.client import ParameterClient
+from ps.client.duty import Duty
 from ps.client.grpc_transport import GrpcTransport
 from ps.client.links import Inbox, Said
 from ps.config import RunConfig, from_json
@@ -89,7 +90,8 @@ def main(coordinator: str, rank: int, parameters: int) -> None:
     ready: Any = Ready()
     session.start()
     try:
-        Worker(session, inbox, client, ready, config.batch.micro_batches_per_step, wire).run()
+        duty = Duty(session, inbox, client, config.batch.micro_batches_per_step, wire)
+        Worker(session, inbox, duty, ready).run()
     finally:
         client.close()
         session.close()

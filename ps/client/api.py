@@ -26,7 +26,8 @@ import numpy as np
 from protos.ps.v1 import coordinator_pb2 as pb
 from protos.ps.v1.common_pb2 import Member
 from ps.client.arrays import NamedArrays, copy_of, table_of
-from ps.client.client import Contribution, ParameterClient
+from ps.client.client import ParameterClient
+from ps.client.duty import Duty
 from ps.client.grpc_transport import GrpcTransport
 from ps.client.links import Inbox, Lost, Said
 from ps.config import RunConfig, from_json
@@ -34,7 +35,6 @@ from ps.errors import PeerUnavailable, PsError, VersionGone, WaitTimeout
 from ps.kernels.compile import warm_up_worker
 from ps.sharding import make_plan
 from ps.types import Fence, Role, slot_range
-from ps.wire.proto import from_proto, to_proto
 from ps.wire.security import load_security
 from ps.wire.session import Session
 
@@ -57,30 +57,6 @@ class Work:
     fence: Fence = field(repr=False)
 
 
-@dataclass
-class _Dealt:
-    """What the coordinator has dealt of the open step."""
-
-    step: int
-    applied: int
-    loss_scale: float
-    #: Contributions to compute, in this order.
-    pending: list[int] = field(default_factory=list)
-    #: All that were dealt, done or not; the same one may be dealt again after a reconnect.
-    known: set[int] = field(default_factory=set)
-
-
-@dataclass
-class _Spent:
-    """When a contribution was handed out, and the seconds that it took."""
-
-    handed_at: float
-    #: Waiting for the weights before it, since they were asked for.
-    pull_s: float
-    compute_s: float = 0.0
-    push_s: float = 0.0
-
-
 class Client:
     """A worker's connection to a cluster. Make it with `connect`; owned by one thread."""
 
@@ -92,12 +68,11 @@ class Client:
         self._client = client
         self._arrays = arrays
         self._config = config
-        self._contributions = config.contributions
-        self._fence: Fence | None = None
-        self._dealt: _Dealt | None = None
-        self._spent: dict[int, _Spent] = {}
-        #: When the weights that are waited for were asked for.
-        self._asked_at: float | None = None
+        slots, wire = config.batch.micro_batches_per_step, config.precision.wire
+        self._duty = Duty(session, inbox, client, slots, wire)
+        #: When each contribution of the open step was handed out.
+        self._handed_at: dict[int, float] = {}
+        #: Why it is over: the coordinator's word, or this client's own.
         self._end: pb.End | None = None
         self._is_closed = False
 
@@ -241,22 +216,14 @@ class Client:
             GradientError: a name, a shape, a dtype or a layout is wrong; nothing was sent.
         """
         checked = self._arrays.check(gradients)
-        dealt = self._dealt
-        if self._end is not None or dealt is None or (work.fence, work.step) != (self._fence, dealt.step):
+        dealt = self._duty.dealt
+        if self._end is not None or dealt is None or (work.fence, work.step) != (self._duty.fence, dealt.step):
             return False
         began = time.monotonic()
-        self._client.forget_buffer()
+        self._duty.forget_gradient()
         self._arrays.fill(checked, work.loss_scale)
-        self._client.push(Contribution(work.step, work.contribution, work.loss_scale, float(loss_sum), int(tokens)))
-        spent = self._spent.setdefault(work.contribution, _Spent(began, 0.0))
-        spent.compute_s, spent.push_s = began - spent.handed_at, time.monotonic() - began
-        if work.contribution in dealt.pending:
-            dealt.pending.remove(work.contribution)
-        if not dealt.pending:
-            self._session.doing(f"step {work.step}: pushed, waiting for the decision")
-            # Asked for before it is decided, so that its first chunk comes at once.
-            self._asked_at = time.monotonic()
-            self._client.pull(dealt.step + 1, dealt.applied + 1)
+        compute_s = began - self._handed_at.get(work.contribution, began)
+        self._duty.push(work.contribution, float(loss_sum), int(tokens), compute_s)
         return True
 
     def pull(self, version: int | None = None, timeout_s: float = 600.0) -> Mapping[str, np.ndarray]:
@@ -279,13 +246,13 @@ class Client:
         if not self._is_closed:
             self._take(0.0)
         while self._end is None:
-            dealt = self._dealt
+            dealt = self._duty.dealt
             if dealt is not None and (version is None or version <= dealt.step):
                 if version is not None and version < dealt.step:
                     raise VersionGone(f"version {version} is no longer published; the newest is {dealt.step}")
                 if self._client.model.version == dealt.step:
                     return self._arrays.weights
-                self._client.pull(dealt.step, dealt.applied)
+                self._duty.pull()
             wanted = "the newest version" if version is None else f"version {version}"
             self._pause(deadline, timeout_s, f"the weights of {wanted}; {self._waiting_for()}")
         self._require_ok()
@@ -300,27 +267,19 @@ class Client:
 
     def _next(self) -> Work | None:
         """The contribution to compute next, if its weights are there; asks for them if they are not."""
-        dealt = self._dealt
-        if dealt is None or self._fence is None:
-            return None
-        if self._client.model.version != dealt.step:
-            # The last version is pulled by everybody, so that `pull` has it when the run is over.
-            if dealt.pending or dealt.step >= self._config.training.end:
-                self._session.doing(f"step {dealt.step}: waiting for weights")
-                self._asked_at = self._asked_at or time.monotonic()
+        ready, dealt = self._duty.ready(), self._duty.dealt
+        if ready is None or self._duty.fence is None:
+            if dealt is not None and dealt.step >= self._config.training.end:
+                # The last version is pulled by everybody, so that `pull` has it when the run is over.
                 self._client.pull(dealt.step, dealt.applied)
             return None
-        dealt.pending[:0] = sorted(self._client.recompute.difference(dealt.pending))
-        self._client.recompute.clear()
-        if not dealt.pending:
-            return None
-        contribution = dealt.pending[0]
-        self._session.doing(f"step {dealt.step}: computing contribution {contribution}")
-        now = time.monotonic()
-        self._spent[contribution] = _Spent(now, now - self._asked_at if self._asked_at is not None else 0.0)
-        self._asked_at = None
-        slots = slot_range(contribution, self._contributions, self._config.batch.micro_batches_per_step)
-        return Work(dealt.step, contribution, slots, dealt.loss_scale, self._arrays.weights, self._fence)
+        # Nobody deals parts of held-out data to a worker that has announced none.
+        contribution = ready.pending[0]
+        self._duty.pulled()
+        self._duty.doing(f"computing contribution {contribution}")
+        self._handed_at[contribution] = time.monotonic()
+        slots = slot_range(contribution, self._duty.contributions, self._config.batch.micro_batches_per_step)
+        return Work(ready.step, contribution, slots, ready.loss_scale, self._arrays.weights, self._duty.fence)
 
     # -- Events ---------------------------------------------------------------------------------
 
@@ -329,91 +288,27 @@ class Client:
         left = deadline - time.monotonic()
         if left <= 0:
             raise WaitTimeout(f"waited {timeout_s:g} s for {what}")
-        self._take(min(left, self._client.links.tick()))
+        self._take(left)
 
     def _waiting_for(self) -> str:
-        dealt, coordinator = self._dealt, self._session.address
-        if self._fence is None:
+        dealt, coordinator = self._duty.dealt, self._session.address
+        if self._duty.fence is None:
             return f"the cluster of {coordinator} to serve: are all of its {self._config.cluster.shards} shards there?"
         if dealt is None:
-            return f"work under {self._fence} from {coordinator}"
+            return f"work under {self._duty.fence} from {coordinator}"
         if dealt.pending:
             return f"step {dealt.step}: weights from the shards, to compute contributions {dealt.pending}"
         return f"step {dealt.step} to be decided by {coordinator}, and for work of the next one"
 
     def _take(self, timeout_s: float) -> None:
-        """Take every event that is there, waiting for the first one at most `timeout_s`."""
-        event = self._inbox.get(timeout_s)
-        while event is not None:
-            if isinstance(event, Said):
-                self._said(event.message)
-            else:
-                self._client.handle(event)
-            event = self._inbox.get(0.0)
-        self._client.links.tick()
-        self._report_completed()
-
-    def _said(self, message: pb.SessionResponse) -> None:
-        kind = message.WhichOneof("event")
-        if kind == "cluster":
-            self._serve(message.cluster)
-        elif kind == "deal":
-            self._deal(message.deal)
-        elif kind == "end" and self._end is None:
-            self._end = message.end
+        self._duty.take(timeout_s)
+        if self._end is None and self._duty.end is not None:
+            self._end = self._duty.end
             self._take_last_weights()
-
-    def _serve(self, cluster: pb.Cluster) -> None:
-        """A fence: what belongs to another one is dropped and, where it is still wanted, dealt again."""
-        self._fence = from_proto(Fence, cluster.fence)
-        self._contributions = int(cluster.contributions)
-        self._dealt = None
-        self._spent.clear()
-        self._asked_at = None
-        self._client.open(
-            self._session.run,
-            self._fence,
-            cluster.plan_digest,
-            [member.address for member in cluster.shards],
-            self._config.batch.micro_batches_per_step,
-            self._contributions,
-            self._config.precision.wire,
-        )
-
-    def _deal(self, deal: pb.Deal) -> None:
-        if from_proto(Fence, deal.fence) != self._fence:
-            return
-        dealt = self._dealt
-        if dealt is None or dealt.step != deal.step:
-            dealt = self._dealt = _Dealt(int(deal.step), int(deal.applied), deal.loss_scale)
-            self._spent.clear()
-            self._client.begin_step(dealt.step)
-        fresh = [contribution for contribution in deal.contributions if contribution not in dealt.known]
-        dealt.known.update(fresh)
-        dealt.pending.extend(fresh)
-        if deal.initialize:
-            self._session.doing("sending initial values")
-            self._client.initialize()
-
-    def _report_completed(self) -> None:
-        while self._client.completed:
-            contribution = self._client.completed.pop(0)
-            spent = self._spent.get(contribution)
-            if self._dealt is not None and self._fence is not None and spent is not None:
-                self._session.send(
-                    contributed=pb.Contributed(
-                        step=self._dealt.step,
-                        contribution=contribution,
-                        compute_s=spent.compute_s,
-                        push_s=spent.push_s,
-                        pull_s=spent.pull_s,
-                        fence=to_proto(self._fence),
-                    )
-                )
 
     def _take_last_weights(self) -> None:
         """The run is over: the shards still have its last weights for a moment."""
-        dealt = self._dealt
+        dealt = self._duty.dealt
         if self._end is None or not self._end.ok or dealt is None:
             return
         deadline = time.monotonic() + LAST_WEIGHTS_S

@@ -13,6 +13,7 @@ from functools import partial
 from protos.ps.v1 import coordinator_pb2 as pb
 from protos.ps.v1.common_pb2 import Member
 from ps.client.client import ParameterClient
+from ps.client.duty import Duty
 from ps.client.grpc_transport import GrpcTransport
 from ps.client.links import Inbox, Said
 from ps.client.shared import Sharing
@@ -196,7 +197,8 @@ def _build(
     client = ParameterClient(
         transport, inbox, int(session.member.rank), incarnation, table, flat, Sharing(job.launch.transport)
     )
-    worker = Worker(session, inbox, client, contributor, slots, wire, partial(keep_where_the_run_is, job, data))
+    duty = Duty(session, inbox, client, slots, wire)
+    worker = Worker(session, inbox, duty, contributor, partial(keep_where_the_run_is, job, data))
     log.info("%d parameters in %s on %s", table.num_parameters, dtype, chosen)
     message = pb.Model(table=table.packed(), data_digest=data.digest, evaluation_parts=contributions)
     return worker, client, message

@@ -1,0 +1,223 @@
+"""What a worker owes to a run: under which fence, which contributions, with which weights.
+
+It hears the coordinator and the shards and knows what can be done next; whoever owns it computes.
+What is dealt is only a plan: nothing is waited for in particular, whatever comes next is taken.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+
+from protos.ps.v1 import coordinator_pb2 as pb
+from ps.client.client import Contribution, ParameterClient
+from ps.client.links import Inbox, Said
+from ps.telemetry import logs, metrics
+from ps.types import Fence, WireDtype
+from ps.wire.proto import from_proto, to_proto
+from ps.wire.session import Session
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Dealt:
+    """What the coordinator has dealt of the open step."""
+
+    step: int
+    applied: int
+    loss_scale: float
+    #: Contributions to compute, and parts of the held-out data to evaluate before them, in this order.
+    pending: list[int] = field(default_factory=list)
+    evaluate: list[int] = field(default_factory=list)
+    #: All that were dealt, done or not; the same one may be dealt again after a reconnect.
+    known: set[int] = field(default_factory=set)
+    known_parts: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of one contribution."""
+
+    compute_s: float = 0.0
+    push_s: float = 0.0
+    #: From asking for the weights before it until they were there.
+    pull_s: float = 0.0
+    #: The part of `pull_s` before the first of them came: waiting for the decision, not transfer.
+    wait_s: float = 0.0
+
+
+class Duty:
+    """A worker's side of a run, between its session, its shards and whoever computes. Owned by one thread."""
+
+    def __init__(self, session: Session, inbox: Inbox, client: ParameterClient, slots: int, wire: WireDtype) -> None:
+        """
+        Args:
+            slots: G, micro-batches in a step.
+        """
+        self._session = session
+        self._inbox = inbox
+        self._client = client
+        self._slots = slots
+        self._wire = wire
+        self.fence: Fence | None = None
+        self.contributions = 0
+        self.dealt: Dealt | None = None
+        self.end: pb.End | None = None
+        #: How often a fence was heard of: what was computed before the last one is void.
+        self.fences = 0
+        self._spent: dict[int, Spent] = {}
+        self._asked_at: float | None = None
+        self._arrived_at: float | None = None
+        self._pull_s = self._wait_s = 0.0
+
+    # -- Events ---------------------------------------------------------------------------------
+
+    def take(self, timeout_s: float) -> None:
+        """Take every event that is there, waiting for the first one at most `timeout_s`, and less if something is due.
+
+        Raises:
+            PsError: a shard refused what it was sent.
+        """
+        due_s = self._client.links.tick()
+        event = self._inbox.get(min(timeout_s, due_s))
+        while event is not None:
+            if isinstance(event, Said):
+                self._said(event.message)
+            else:
+                self._client.handle(event)
+                self._note_arrival()
+            # What comes after the end is not the coordinator's any more.
+            event = self._inbox.get(0.0) if self.end is None else None
+        self._client.links.tick()
+        self._report_completed()
+
+    def _said(self, message: pb.SessionResponse) -> None:
+        kind = message.WhichOneof("event")
+        if kind == "cluster":
+            self._serve(message.cluster)
+        elif kind == "deal":
+            self._deal(message.deal)
+        elif kind == "end" and self.end is None:
+            self.end = message.end
+
+    def _serve(self, cluster: pb.Cluster) -> None:
+        """A fence: what belongs to another one is dropped and, where it is still wanted, dealt again."""
+        self.fence = from_proto(Fence, cluster.fence)
+        self.contributions = int(cluster.contributions)
+        self.fences += 1
+        self.dealt = None
+        self._spent.clear()
+        self._asked_at = self._arrived_at = None
+        addresses = [member.address for member in cluster.shards]
+        self._client.open(
+            self._session.run,
+            self.fence,
+            cluster.plan_digest,
+            addresses,
+            self._slots,
+            self.contributions,
+            self._wire,
+        )
+        log.info("serving under %s: step %d, %d shards", self.fence, cluster.step, len(addresses))
+
+    def _deal(self, deal: pb.Deal) -> None:
+        if from_proto(Fence, deal.fence) != self.fence:
+            return
+        dealt = self.dealt
+        if dealt is None or dealt.step != deal.step:
+            dealt = self.dealt = Dealt(int(deal.step), int(deal.applied), deal.loss_scale)
+            self._spent.clear()
+            self._client.begin_step(dealt.step)
+            metrics.STEP.set(dealt.step)
+            logs.bind(step=dealt.step)
+        dealt.pending.extend(c for c in deal.contributions if c not in dealt.known)
+        dealt.known.update(deal.contributions)
+        dealt.evaluate.extend(part for part in deal.evaluate if part not in dealt.known_parts)
+        dealt.known_parts.update(deal.evaluate)
+        if deal.initialize:
+            self._session.doing("sending initial values")
+            self._client.initialize()
+
+    def _report_completed(self) -> None:
+        completed, self._client.completed = self._client.completed, []
+        if self.dealt is None or self.fence is None:
+            return
+        for contribution in completed:
+            spent = self._spent.get(contribution, Spent())
+            self._session.send(
+                contributed=pb.Contributed(
+                    step=self.dealt.step,
+                    contribution=contribution,
+                    compute_s=spent.compute_s,
+                    push_s=spent.push_s,
+                    pull_s=spent.pull_s,
+                    fence=to_proto(self.fence),
+                    wait_s=spent.wait_s,
+                )
+            )
+
+    # -- Work -----------------------------------------------------------------------------------
+
+    def ready(self) -> Dealt | None:
+        """What can be done now, with the weights there; asks for the weights if only they are missing."""
+        dealt = self.dealt
+        if dealt is None or self._client.is_torn:
+            return None
+        if self._client.model.version != dealt.step:
+            if dealt.pending or dealt.evaluate:
+                self.pull()
+            return None
+        dealt.pending[:0] = sorted(self._client.recompute.difference(dealt.pending))
+        self._client.recompute.clear()
+        return dealt if dealt.pending or dealt.evaluate else None
+
+    def pull(self) -> None:
+        """Ask for the weights of the open step."""
+        assert self.dealt is not None, "there is an open step"
+        if self._asked_at is None:
+            self._asked_at = time.monotonic()
+        self._session.doing(f"step {self.dealt.step}: waiting for weights")
+        self._client.pull(self.dealt.step, self.dealt.applied)
+
+    def pulled(self) -> float | None:
+        """The seconds that the weights took, if they have come since the last call."""
+        if self._asked_at is None:
+            return None
+        self._pull_s = time.monotonic() - self._asked_at
+        self._asked_at = self._arrived_at = None
+        return self._pull_s
+
+    def _note_arrival(self) -> None:
+        if self._asked_at is not None and self._arrived_at is None and not self._client.is_waiting:
+            self._arrived_at = time.monotonic()
+            self._wait_s = self._arrived_at - self._asked_at
+
+    def doing(self, what: str) -> None:
+        """Say what the worker does at the open step."""
+        assert self.dealt is not None, "there is an open step"
+        self._session.doing(f"step {self.dealt.step}: {what}")
+
+    def forget_gradient(self) -> None:
+        """The gradient's memory is about to be overwritten."""
+        self._client.forget_buffer()
+
+    def push(self, contribution: int, loss_sum: float, tokens: int, compute_s: float) -> Spent:
+        """Push a contribution of the open step, whose gradient the client's source holds now."""
+        dealt = self.dealt
+        assert dealt is not None, "there is an open step"
+        began = time.monotonic()
+        self._client.push(Contribution(dealt.step, contribution, dealt.loss_scale, loss_sum, tokens))
+        before = self._spent.get(contribution, Spent(pull_s=self._pull_s, wait_s=self._wait_s))
+        spent = Spent(compute_s, time.monotonic() - began, before.pull_s, before.wait_s)
+        self._spent[contribution] = spent
+        self._pull_s = self._wait_s = 0.0
+        if contribution in dealt.pending:
+            dealt.pending.remove(contribution)
+        if not dealt.pending:
+            # The next version is asked for before it is decided, so that its first chunk comes at once.
+            self._asked_at = time.monotonic()
+            self.doing("pushed, waiting for the decision")
+            self._client.pull(dealt.step + 1, dealt.applied + 1)
+        return spent
