@@ -31,10 +31,11 @@ from ps.client.duty import Duty
 from ps.client.grpc_transport import GrpcTransport
 from ps.client.links import Inbox, Lost, Said
 from ps.config import RunConfig, from_json
-from ps.errors import PeerUnavailable, PsError, VersionGone, WaitTimeout
+from ps.errors import GradientError, PeerUnavailable, PsError, VersionGone, WaitTimeout
 from ps.kernels.compile import warm_up_worker
 from ps.sharding import make_plan
 from ps.types import Fence, Role, slot_range
+from ps.wire.messages import MAX_TOKENS
 from ps.wire.security import load_security
 from ps.wire.session import Session
 
@@ -213,9 +214,11 @@ class Client:
             is dealt again, so there is nothing to do.
 
         Raises:
-            GradientError: a name, a shape, a dtype or a layout is wrong; nothing was sent.
+            GradientError: a name, a shape, a dtype, a layout or `tokens` is wrong; nothing was sent.
         """
         checked = self._arrays.check(gradients)
+        if not 0 <= int(tokens) <= MAX_TOKENS:
+            raise GradientError(f"tokens={tokens}: must be from 0 to 2^48")
         dealt = self._duty.dealt
         if self._end is not None or dealt is None or (work.fence, work.step) != (self._duty.fence, dealt.step):
             return False

@@ -33,7 +33,11 @@ def copy_of(parameters: Mapping[str, Any]) -> dict[str, Array]:
         raise ConfigError("parameters={}: at least one named float32 array is needed")
     values = {}
     for name, value in parameters.items():
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"a parameter is named {name!r}; names are texts of at least one letter")
         array = np.asarray(value)
+        if array.size == 0:
+            raise ConfigError(f"parameter {name!r} of shape {array.shape} has no elements")
         _require_float32(ConfigError, f"parameter {name!r}", array)
         if not np.isfinite(array).all():
             raise ConfigError(f"the initial value of parameter {name!r} is not finite; start from finite numbers")
@@ -53,6 +57,8 @@ def table_of(values: Mapping[str, Array], decay: Collection[str] | None) -> Para
     """
     if decay is None:
         decay = {name for name, value in values.items() if value.ndim >= 2}
+    if isinstance(decay, str):
+        raise ConfigError(f"decay={decay!r} is one text; give a list of names")
     for name in decay:
         if name not in values:
             raise ConfigError(f"decay names {name!r}, {_near(name, values)}")

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 RECEIVE_WINDOW = 1
 #: How often a blocked `send` looks whether the fence has moved.
 SEND_POLL_S = 0.1
+#: A shard that takes no frame for so long hangs: its stream is given up, and it is greeted again.
+STALL_S = 30.0
 #: Waiting times between two attempts to reach a shard, in seconds.
 BACKOFF_S = (0.05, 0.1, 0.2)
 
@@ -168,8 +170,8 @@ class ShardLinks:
     def send(self, shard: int, encoded: bytes, shared_bytes: int = 0) -> None:
         """Send a frame, waiting for room; it is dropped while the stream is down.
 
-        It is dropped too when a new fence comes meanwhile: a shard that hangs must not keep its
-        worker from hearing that somebody else serves in its place.
+        It is dropped too when a new fence comes meanwhile, or when the shard hangs: it must not keep its
+        worker from hearing that somebody else serves in its place. What it lacks it is sent after the next greeting.
 
         Args:
             shared_bytes: of the payload, where it is in shared memory.
@@ -178,8 +180,13 @@ class ShardLinks:
         if link.connection is None:
             return
         link.bytes.sent.inc(len(encoded) + shared_bytes)
+        give_up_at = time.monotonic() + STALL_S
         while not link.connection.send(encoded, SEND_POLL_S):
             if self._inbox.fence_moves:
+                return
+            if time.monotonic() > give_up_at:
+                log.warning("shard %d has taken nothing for %.0f s: its stream is opened anew", shard, STALL_S)
+                link.connection.close()
                 return
 
     def count_shared(self, shard: int, num_bytes: int) -> None:

@@ -47,10 +47,12 @@ class Dealing:
                 dealt[rank] = units
         return dealt
 
-    def finish(self, unit: int) -> None:
-        """Note that a unit is done, by whoever did it."""
-        if 0 <= unit < self.count:
-            self.done.add(unit)
+    def finish(self, unit: int) -> bool:
+        """Note that a unit is done, by whoever did it; False: it was, or there is none of that number."""
+        if unit in self.done or not 0 <= unit < self.count:
+            return False
+        self.done.add(unit)
+        return True
 
     def lose(self, rank: int) -> list[int]:
         """Take back what a worker had not finished."""

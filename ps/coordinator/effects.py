@@ -330,6 +330,9 @@ def _export(line: dict[str, Any]) -> None:
     for gauge, key in ((metrics.LOSS, "loss"), (metrics.GRADIENT_NORM, "gradient_norm")):
         if line[key] is not None:
             gauge.set(line[key])
+        elif not line["skipped"]:
+            # A run that has diverged must not look as it did before.
+            gauge.set(math.nan)
     if line["step_seconds"] is not None:
         metrics.STEP_SECONDS.observe(line["step_seconds"])
         rest = line["step_seconds"]

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
+import time
 from importlib.metadata import version as distribution_version
+from pathlib import Path
 
 from ps.config import RunConfig
 from ps.coordinator import metrics
 from ps.coordinator.history import History
 from ps.coordinator.loss_scaler import is_dynamic
 from ps.coordinator.machine import Machine
+from ps.coordinator.recorder import METRICS_NAME
 from ps.coordinator.recovery import Candidate
 from ps.coordinator.run import Phase
+from ps.coordinator.timings import Spent
 from ps.storage.manifest import MANIFEST_NAME
 from ps.telemetry.metrics import peer
 from ps.types import Role
+
+#: A coordinator that starts within this after the last step was restarted; later, the run was resumed.
+RESTART_S = 600.0
 
 
 class Monitor:
@@ -35,6 +42,7 @@ class Monitor:
             gauge.set(math.nan)
         if history.evaluations:
             metrics.EVALUATION_LOSS.set(history.evaluations[max(history.evaluations)]["loss"])
+        metrics.COMMIT_TIME.set(_last_commit(config.run_dir))
         newest = max(candidates, key=lambda candidate: candidate.state.version, default=None)
         if newest is not None:
             metrics.CHECKPOINT_VERSION.set(newest.state.version)
@@ -59,11 +67,23 @@ class Monitor:
             self._served = machine.fence.epoch
 
 
-def count_contribution(rank: int, compute_s: float, push_s: float, pull_s: float) -> None:
+def _last_commit(run_dir: Path) -> float:
+    """When the last step was committed, as far as it is a matter of this start; else now, Unix time.
+
+    A coordinator that dies again and again must not look as if it had just committed something, and
+    a run that goes on after a night not as if it had hung.
+    """
+    now = time.time()
+    try:
+        written = (run_dir / METRICS_NAME).stat().st_mtime
+    except OSError:
+        return now
+    return written if now - written < RESTART_S else now
+
+
+def count_contribution(rank: int, spent: Spent) -> None:
     """Show who has computed a contribution, and how long each part took."""
     worker = peer(Role.WORKER, rank)
     metrics.CONTRIBUTIONS.labels(worker).inc()
-    for phase, seconds in (("compute", compute_s), ("push", push_s), ("pull", pull_s)):
-        # It comes from a message, and a counter takes nothing else.
-        if seconds >= 0:
-            metrics.CONTRIBUTION_SECONDS.labels(worker, phase).inc(seconds)
+    for phase, seconds in (("compute", spent.compute_s), ("push", spent.push_s), ("pull", spent.pull_s)):
+        metrics.CONTRIBUTION_SECONDS.labels(worker, phase).inc(seconds)

@@ -10,6 +10,9 @@ from typing import Any
 from ps.coordinator.members import MemberState
 from ps.storage.files import write_atomic
 
+#: A line per step and evaluation, in the run folder.
+METRICS_NAME = "metrics.jsonl"
+
 
 class Recorder:
     """The files of a run folder that follow the run."""
@@ -18,7 +21,7 @@ class Recorder:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._run_dir = run_dir
         self._run = run
-        self._metrics = run_dir / "metrics.jsonl"
+        self._metrics = run_dir / METRICS_NAME
         self._drop_torn_line()
 
     def record(self, line: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -164,7 +165,7 @@ class CoordinatorServicer(pb_grpc.CoordinatorServicer):
             mine.put(pb.SessionResponse(end=pb.End(ok=False, reason=f"{member.name} was replaced by a newer life")))
             return
         kind = request.WhichOneof("event")
-        machine.seen(member, now, request.heartbeat.doing if kind == "heartbeat" else None)
+        machine.seen(member, now, _printable(request.heartbeat.doing) if kind == "heartbeat" else None)
         try:
             if kind is not None and kind in _HANDLERS:
                 _HANDLERS[kind](machine, member, getattr(request, kind), now)
@@ -183,9 +184,9 @@ def _member(message: common_pb2.Member) -> MemberState:
         message.rank,
         message.incarnation,
         message.pid,
-        message.host,
-        message.address,
-        message.metrics_address,
+        _printable(message.host),
+        _printable(message.address),
+        _printable(message.metrics_address),
         ready=role is Role.SHARD,
     )
 
@@ -215,12 +216,20 @@ def _evaluated(machine: Machine, _member: MemberState, event: pb.Evaluated, _now
 
 
 def _contributed(machine: Machine, member: MemberState, event: pb.Contributed, _now: float) -> None:
-    machine.steps.contributed(
-        member.rank,
-        from_proto(Fence, event.fence),
-        Spent(event.step, event.contribution, event.compute_s, event.push_s, event.pull_s, event.wait_s),
-    )
-    count_contribution(member.rank, event.compute_s, event.push_s, event.pull_s)
+    seconds = [_seconds(value) for value in (event.compute_s, event.push_s, event.pull_s, event.wait_s)]
+    spent = Spent(event.step, event.contribution, *seconds)
+    if machine.steps.contributed(member.rank, from_proto(Fence, event.fence), spent):
+        count_contribution(member.rank, spent)
+
+
+def _printable(text: str) -> str:
+    """What a member says ends up on people's terminals: no control characters, and not without end."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:500])
+
+
+def _seconds(value: float) -> float:
+    """What a message says that something took; nonsense in it must not reach sums and files."""
+    return value if 0 <= value < math.inf else 0.0
 
 
 def _leave(machine: Machine, member: MemberState, _event: pb.Leave, now: float) -> None:

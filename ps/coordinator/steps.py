@@ -54,12 +54,19 @@ class Steps:
         rank: int,
         fence: Fence,
         spent: Spent,
-    ) -> None:
-        """Every shard holds a whole contribution; before a rollback they may have held what is lost now."""
+    ) -> bool:
+        """Every shard holds a whole contribution; before a rollback they may have held what is lost now.
+
+        Returns:
+            False when that was known, or is not of the open step: nothing is counted twice.
+        """
         self.spent[rank] = spent
-        if fence == self._run.fence and spent.step == self._run.state.version:
-            self.dealing.finish(spent.contribution)
-            self._timings.add(rank, spent.compute_s, spent.push_s, spent.pull_s, spent.wait_s)
+        if fence != self._run.fence or spent.step != self._run.state.version:
+            return False
+        if not self.dealing.finish(spent.contribution):
+            return False
+        self._timings.add(rank, spent.compute_s, spent.push_s, spent.pull_s, spent.wait_s)
+        return True
 
     def evaluated(self, version: int, part: int, loss_sum: float, tokens: int, num_bytes: int) -> None:
         if self.evaluation is not None and self.evaluation.version == version:

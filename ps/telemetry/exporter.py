@@ -60,7 +60,7 @@ def serve_metrics(listen: str) -> int:
     registry = CollectorRegistry(auto_describe=False)
     registry.register(Identified(REGISTRY))
     try:
-        server, _thread = start_http_server(int(port), addr=host, registry=registry)
+        server, _thread = start_http_server(int(port), addr=host.strip("[]"), registry=registry)
     except OSError as error:
         raise StartupError(f"cannot serve metrics on {listen}: {error.strerror}") from None
     return int(server.server_port)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -56,14 +57,16 @@ class RoleCheck(grpc.ServerInterceptor):  # type: ignore[misc]
         kind = next(name for name in _KINDS if getattr(handler, name) is not None)
         work = getattr(handler, kind)
 
-        def checked(request: Any, context: grpc.ServicerContext) -> Any:
+        # Keeps what grpcio's health service says of its `Watch`: that it waits without a thread.
+        @functools.wraps(work)
+        def checked(request: Any, context: grpc.ServicerContext, *more: Any) -> Any:
             try:
                 _check(context, details.method)
             except AccessDenied as error:
                 log.warning("%s: %s", context.peer(), error.message)
                 abort(context, error)
                 raise
-            return work(request, context)
+            return work(request, context, *more)
 
         return handler._replace(**{kind: checked})
 

@@ -83,9 +83,9 @@ def load_security(folder: Path | None, insecure: bool, role: str) -> Security:
     """
     if folder is None:
         return Security(None, insecure)
-    if not (folder / CERTIFICATE_FILE).exists():
-        folder = folder / role
     try:
+        if not (folder / CERTIFICATE_FILE).exists():
+            folder = folder / role
         ca, certificate, key = ((folder / name).read_bytes() for name in (CA_FILE, CERTIFICATE_FILE, KEY_FILE))
     except OSError as error:
         raise StartupError(

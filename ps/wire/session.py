@@ -31,6 +31,8 @@ BACKOFF_S = (0.05, 0.1, 0.2)
 #: A coordinator that has been away for so long is not coming back.
 GONE_S = 600.0
 CALL_TIMEOUT_S = 10.0
+#: What a member says last may take so long to be read.
+LAST_WORDS_S = 1.0
 #: A wait for the coordinator is worth a line in the log after this.
 SAY_AFTER_S = 3.0
 
@@ -115,9 +117,12 @@ class Session:
         self._closing.set()
 
     def close(self) -> None:
-        """End the session."""
+        """End the session, once what was sent before has gone out."""
         self._closing.set()
         self._outbox.put(None)
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            # The coordinator ends the stream when it has read this side's end.
+            self._thread.join(LAST_WORDS_S)
         if self._call is not None:
             self._call.cancel()
         if self._thread.is_alive() and self._thread is not threading.current_thread():

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from protos.ps.v1 import coordinator_pb2 as pb
+from ps.coordinator import service
 from ps.coordinator.actions import Configure, Control, Record, TellDeal, TellDecision, TellSnapshot
 from ps.coordinator.dealing import Dealing
 from ps.coordinator.recorder import Recorder
 from ps.coordinator.timings import Spent
 from ps.errors import MismatchError, PeerUnavailable, StaleFence
 from ps.types import Fence, Role
+from ps.wire.proto import to_proto
 from tests.support.fake_run import FakeRun, make_config
 
 
@@ -212,5 +215,28 @@ def test_a_contribution_that_was_complete_before_a_rollback_is_not_complete_afte
     assert before
     steps.contributed(0, Fence(old.term, old.epoch - 1), Spent(step, before[0], 0.1, 0.1, 0.1, 0.0))
     assert steps.outstanding(0)[0] == before
-    steps.contributed(0, old, Spent(step, before[0], 0.1, 0.1, 0.1, 0.0))
+    assert steps.contributed(0, old, Spent(step, before[0], 0.1, 0.1, 0.1, 0.0))
     assert steps.outstanding(0)[0] == before[1:]
+
+
+def test_a_contribution_that_is_told_again_counts_once(run: FakeRun) -> None:
+    """After a reconnect a worker tells again what every shard holds."""
+    run.everybody()
+    run.run_to(2)
+    steps, step = run.machine.steps, run.machine.state.version
+    spent = Spent(step, 0, 1.0, 0.5, 0.25, 0.0)
+    assert steps.contributed(0, run.machine.fence, spent)
+    assert not steps.contributed(0, run.machine.fence, spent)
+    assert steps._timings._by_rank[0] == [1.0, 0.5, 0.25, 0.0]
+
+
+def test_nonsense_in_a_members_words_goes_no_further(run: FakeRun) -> None:
+    run.everybody()
+    run.run_to(2)
+    member = run.member(Role.WORKER, 0)
+    fence, step = run.machine.fence, run.machine.state.version
+    told = pb.Contributed(step=step, contribution=0, compute_s=math.nan, push_s=math.inf, pull_s=-1.0, wait_s=2.0)
+    told.fence.CopyFrom(to_proto(fence))
+    service._contributed(run.machine, member, told, run.now)
+    assert run.machine.steps._timings._by_rank[0] == [0.0, 0.0, 0.0, 2.0]
+    assert service._printable("step 3\x1b]0;evil\x07") == "step 3?]0;evil?"

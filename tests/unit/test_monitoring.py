@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from prometheus_client import REGISTRY
 from ps.coordinator.effects import _export
 from ps.coordinator.history import History
 from ps.coordinator.monitoring import Monitor, count_contribution
+from ps.coordinator.recorder import METRICS_NAME
 from ps.coordinator.recovery import Candidate
 from ps.coordinator.run import Phase
+from ps.coordinator.timings import Spent
 from ps.storage.manifest import MANIFEST_NAME
 from ps.telemetry.metrics import MAX_PEERS
 from ps.types import Role
@@ -111,12 +114,11 @@ def test_contributions_are_counted_by_worker() -> None:
         )
 
     before = counted()
-    count_contribution(9, 1.0, 2.0, 4.0)
-    # What is no duration, in a message from anywhere, harms nobody.
-    count_contribution(9, math.nan, -1.0, 4.0)
+    count_contribution(9, Spent(0, 0, 1.0, 2.0, 4.0))
+    count_contribution(9, Spent(0, 1, 0.0, 0.0, 4.0))
     assert [round(after - first, 6) for after, first in zip(counted(), before, strict=True)] == [2, 1, 2, 8]
     others = shown("contributions_total", worker="worker-other")
-    count_contribution(MAX_PEERS + 5, 0.0, 0.0, 0.0)
+    count_contribution(MAX_PEERS + 5, Spent(0, 0, 0.0, 0.0, 0.0))
     assert shown("contributions_total", worker="worker-other") == others + 1
 
 
@@ -149,3 +151,24 @@ def test_a_skipped_step_is_no_commit() -> None:
     assert shown("commit_time_seconds") == committed
     assert shown("skipped_steps_total") == skipped + 1
     assert shown("gradient_norm") == 1.0
+
+
+def test_a_run_that_has_diverged_does_not_look_as_before() -> None:
+    _export(line())
+    _export(line(loss=None, gradient_norm=None))
+    assert math.isnan(shown("loss"))
+    assert math.isnan(shown("gradient_norm"))
+
+
+def test_a_coordinator_that_restarts_has_committed_nothing_just_now(run: FakeRun) -> None:
+    """Otherwise one that dies again and again would always look as if it were at work."""
+    now = time.time()
+    monitor(run)
+    assert shown("commit_time_seconds") >= now
+    written = run.config.run_dir / METRICS_NAME
+    written.parent.mkdir(parents=True, exist_ok=True)
+    written.write_text("")
+    for seconds, told in ((60.0, now - 60.0), (86_400.0, time.time())):
+        os.utime(written, (now - seconds, now - seconds))
+        monitor(run)
+        assert abs(shown("commit_time_seconds") - told) < 5.0

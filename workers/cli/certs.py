@@ -12,9 +12,9 @@ from typing import Annotated
 
 import typer
 
-from ps.errors import ConfigError
+from ps.errors import ConfigError, StartupError
 from ps.storage.files import make_directory, reason, write_atomic
-from ps.wire.security import CA_FILE, CERTIFICATE_FILE, KEY_FILE, ROLES
+from ps.wire.security import CA_FILE, CERTIFICATE_FILE, KEY_FILE, ROLES, load_security
 
 app = typer.Typer(help="Make and show certificates, for TLS between the roles.")
 
@@ -40,8 +40,10 @@ def init(
     from ps.wire import authority
 
     ca = folder / CA_FOLDER
-    certified = [role for role in ROLES if (folder / role / CERTIFICATE_FILE).exists()]
-    begun = certified or ((ca / CA_FILE).exists() and (ca / CA_KEY_FILE).exists())
+    certified = [role for role in ROLES if _is_certified(folder / role, role)]
+    begun = any((folder / role / CERTIFICATE_FILE).exists() for role in ROLES) or (
+        (ca / CA_FILE).exists() and (ca / CA_KEY_FILE).exists()
+    )
     if begun and not force and not if_missing:
         raise ConfigError(
             f"{folder} holds a CA or its certificates already: --if-missing keeps them and makes what is missing, "
@@ -123,6 +125,14 @@ def _certificates(folder: Path) -> Iterator[tuple[Path, Path]]:
         yield path, authority if authority.exists() else path.with_name(CA_FILE)
 
 
+def _is_certified(folder: Path, role: str) -> bool:
+    """Whether a role could start with what is there; a crash may have left half of it."""
+    try:
+        return (folder / CERTIFICATE_FILE).exists() and load_security(folder, False, role).certificates is not None
+    except StartupError:
+        return False
+
+
 def _issue(folder: Path, role: str, name: str, out: Path, days: int) -> None:
     from ps.wire import authority
 
@@ -134,8 +144,8 @@ def _issue(folder: Path, role: str, name: str, out: Path, days: int) -> None:
         raise ConfigError(f"{ca} cannot issue a certificate of {role}: {error}") from None
     make_directory(out)
     write_atomic(out / KEY_FILE, issued.key, _PRIVATE)
-    write_atomic(out / CERTIFICATE_FILE, issued.certificate)
     write_atomic(out / CA_FILE, pair.certificate)
+    write_atomic(out / CERTIFICATE_FILE, issued.certificate)
 
 
 def _read(path: Path) -> bytes:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ps.errors import ConfigError, PeerUnavailable, PsError, StorageError
+from ps.errors import AccessDenied, ConfigError, HandshakeFailed, PeerUnavailable, PsError, StorageError
 from ps.storage import layout
 from ps.wire.security import CLIENT, Security, load_security
 from workers.cli.arguments import Certificates
@@ -89,9 +89,14 @@ class Place:
         """Those of the run, where its folder is known."""
         return self._folder.read_job().security.certificates if self._folder is not None else None
 
-    def not_running(self) -> PeerUnavailable:
+    def not_running(self, cause: PsError | None = None) -> PeerUnavailable:
         """Nobody answers: say so, and what is known instead."""
         if self._folder is None:
+            if cause is not None and "Socket closed" in cause.message:
+                return PeerUnavailable(
+                    f"{self._address} closed the connection: it wants certificates (--certificates), or others than "
+                    "these, or is no coordinator"
+                )
             return PeerUnavailable(f"nothing answers at {self._address}; is a coordinator running there?")
         known = self.last_known()
         saved = known["checkpoints"]
@@ -164,8 +169,11 @@ def _ask(place: Place, security: Security) -> Snapshot:
     with StatusClient(address, security) as client:
         try:
             message = client.ask(ANSWER_S)
-        except PsError:
-            raise place.not_running() from None
+        except (HandshakeFailed, AccessDenied):
+            # Somebody is there.
+            raise
+        except PsError as error:
+            raise place.not_running(error) from None
     if pid is not None and message.coordinator.pid != pid:
         # Another run has its port now.
         raise place.not_running()

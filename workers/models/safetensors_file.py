@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ps.errors import ConfigError
 from ps.kernels.convert import encode
 from ps.storage import WEIGHTS, CheckpointReader
 from ps.storage.files import AtomicFile, write_atomic
@@ -21,6 +22,8 @@ from ps.types import TensorSpec, WireDtype
 #: As large as files of a model commonly are.
 MAX_FILE_BYTES = 5_000_000_000
 _PIECE_ELEMENTS = 4 << 20
+#: Anything larger is infinite in float16.
+FP16_MAX = 65504.0
 _NAMES = {WireDtype.FP32: "F32", WireDtype.FP16: "F16", WireDtype.BF16: "BF16"}
 
 
@@ -84,6 +87,11 @@ def _write_file(
                 reader.read(WEIGHTS, offsets[tensor] + start, values)
                 rounded = np.empty(values.size, dtype.numpy)
                 encode(values, 1, dtype, rounded)
+                if dtype is WireDtype.FP16 and np.abs(values).max(initial=0.0) > FP16_MAX:
+                    raise ConfigError(
+                        f"{tensor.name} has values beyond {FP16_MAX:g}, the largest of float16; "
+                        "export with --dtype bfloat16 or float32"
+                    )
                 file.write(rounded.data.cast("B"))
         file.commit()
 
