@@ -255,11 +255,28 @@ def parse_override(text: str) -> tuple[str, Any]:
     try:
         return key.strip(), _load_yaml(value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{key}={value}: not a YAML value: {error}") from None
+        raise ConfigError(f"{key}={value}: not a YAML value: {_yaml_mistake(error)}") from None
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as a string; people mean a number."""
+    """YAML 1.1 reads 1e-3 as a string; people mean a number. PyYAML forgets the first of two equal keys; they meant it."""
+
+    # Not while it is constructed: by then `<<` has laid other mappings' keys under this one's.
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise _DuplicateKey(f"{key.value} is there twice, in lines {lines[key.value]} and {line}; make it one")
+            lines[key.value] = line
+        return node
+
+
+class _DuplicateKey(yaml.YAMLError):
+    """A mapping has the same key twice."""
 
 
 _Loader.add_implicit_resolver(
@@ -269,6 +286,15 @@ _Loader.add_implicit_resolver(
 
 def _load_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)
+
+
+def _yaml_mistake(error: yaml.YAMLError) -> str:
+    """What is wrong with a text, and where, in one line."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem is None:
+        return " ".join(str(error).split())
+    mark = error.problem_mark or error.context_mark
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    return where + error.problem + (f" ({error.context})" if error.context else "")
 
 
 def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -286,8 +312,10 @@ def load_mapping(path: Path) -> dict[str, Any]:
         loaded = _load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"there is no job file {path}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"the job file {path} cannot be read: {' '.join(str(error).split())}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the job file {path} cannot be read: {_yaml_mistake(error)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the job file {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
