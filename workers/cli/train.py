@@ -57,6 +57,7 @@ def resume(run: Run, overrides: Overrides = None) -> int:
     """Go on with a run."""
     folder = RunFolder(run)
     resolved = jobs.resume(folder.read_job(), run, overrides or ())
+    folder.refuse_in_use()
     complete = report.completion(folder, resolved)
     if complete:
         print(complete)

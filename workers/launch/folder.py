@@ -128,6 +128,20 @@ class RunFolder:
             os.close(lock)
         return False
 
+    def refuse_in_use(self) -> None:
+        """See that no launcher has the folder, before anything is said about a run that is still under way.
+
+        The roles of a launcher that was killed do not count: they end by themselves, and the next one waits for that.
+
+        Raises:
+            StartupError: a launcher has it.
+        """
+        holder = self.holder()
+        if self.is_held() and holder.isdigit() and _lives(int(holder)):
+            raise StartupError(
+                f"the run folder {self.path} is in use by the launcher with pid {holder}; end that run first"
+            )
+
     def holder(self) -> str:
         """The pid of the launcher that took the folder last, for messages."""
         try:
@@ -138,6 +152,16 @@ class RunFolder:
     @property
     def _lock(self) -> Path:
         return self.path / ".lock"
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def find_checkpoint(path: Path) -> Path:
