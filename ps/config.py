@@ -259,7 +259,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as a string; people mean a number. PyYAML forgets the first of two equal keys; they meant it."""
+    """YAML 1.1 reads 1e-3 as a string; people mean a number. Of equal keys it forgets the first; they meant both."""
 
     # Not while it is constructed: by then `<<` has laid other mappings' keys under this one's.
     def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:

@@ -47,7 +47,8 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "seed=1", "oops"], ["oops", "key=value"]),
         (["train", "--fast"], ["--fast"]),
         (["resume"], ["RUN"]),
-        (["resume", "no/such/run"], ["no/such/run", "windlass train"]),
+        (["resume", "no/such/run"], ["no/such/run holds no run"]),
+        (["resume", "pyproject.toml"], ["pyproject.toml is a file; resume takes a run folder"]),
         (["sample", "no/such/run", "--tokens", "many"], ["--tokens", "integer"]),
         (["sample", "no/such/run"], ["no/such/run holds no run"]),
         (["evaluate", "no/such/run"], ["no/such/run holds no run"]),
@@ -81,6 +82,19 @@ def test_train_refuses_a_folder_with_a_run_and_says_how_to_go_on(
     assert code == 2
     assert f"windlass resume {tmp_path}" in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("override", ["data.paths=nothing.txt", "worker.device=xla"])
+def test_a_start_that_cannot_work_leaves_nothing_behind(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, "train", override)
+    assert code in (1, 2)
+    assert out == ""
+    assert err.startswith(f"windlass: error: {override.partition('=')[0]}")
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from ps.storage.files import make_directory, reason, write_atomic
 from ps.storage.layout import newest
 from ps.storage.manifest import MANIFEST_NAME
 from workers.config import JobConfig
+from workers.launch import guidance
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,16 @@ class RunFolder:
         """
         try:
             mapping = json.loads(self.config.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(
-                f"{self.path} holds no run (there is no {self.config}); start one with: "
-                f"windlass train run_dir={self.path}"
-            ) from None
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, NotADirectoryError):
+            raise ConfigError(guidance.no_run(self.path)) from None
+        except OSError as error:
+            raise ConfigError(f"{self.config} cannot be read: {reason(error)}") from None
+        except ValueError as error:
             raise ConfigError(f"{self.config} cannot be read: {error}") from None
+        if not isinstance(mapping, dict):
+            raise ConfigError(f"{self.config} holds a {type(mapping).__name__}, not a job")
+        if "architectures" in mapping:
+            raise ConfigError(guidance.export_is_no_run(self.path))
         return validate(JobConfig, mapping)
 
     def write_job(self, job: JobConfig) -> None:
