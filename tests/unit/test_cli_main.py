@@ -38,6 +38,12 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
             assert f"  {command} " in out
 
 
+def test_certs_alone_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "certs")
+    assert (code, err) == (0, "")
+    assert all(f"  {command} " in out for command in ("init", "issue", "show"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
