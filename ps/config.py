@@ -20,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ps.errors import ConfigError
 from ps.types import MAX_SLOTS, WireDtype
+from ps.wording import in_a_jobs_words
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -361,12 +362,10 @@ def _explain(model: type[Section], error: ValidationError) -> str:
     # An unknown key is the most useful thing to hear first: it may explain the rest.
     first = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
     location = [str(part) for part in first["loc"]]
-    key = ".".join(location)
     if first["type"] == "extra_forbidden":
         return _unknown_key(model, location)
+    key, reason = in_a_jobs_words(model, first)
     value = first["input"]
-    reason = first["msg"].removeprefix("Value error, ")
-    reason = reason[:1].lower() + reason[1:]
     if not key:
         return reason
     if isinstance(value, Mapping):
@@ -382,6 +381,8 @@ def _unknown_key(model: type[Section], location: Sequence[str]) -> str:
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
     near = near or [name for name in names if name.rpartition(".")[2] == location[-1]][:1]
     hint = f"; did you mean {near[0]}?" if near else ""
+    if near and not section:
+        return f"{key} is not a key{hint}"
     allowed = ", ".join(siblings) if siblings else "no keys"
     where = f"{section} has" if section else "a job has"
     return f"{key} is not a key{hint} ({where}: {allowed})"

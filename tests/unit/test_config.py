@@ -68,6 +68,15 @@ def test_merging_and_nesting() -> None:
         (["optimizer.name=lion"], ["optimizer.name=lion", "'adamw', 'adam' or 'sgd'"]),
         (["optimizer.betas=[0.9]"], ["optimizer.betas"]),
         (["optimizer.betas=[0.9, 1.0]"], ["optimizer.betas.1=1.0", "less than 1"]),
+        (["optimizer.betas=[0.9]"], ["optimizer.betas=[0.9]: a list of two numbers is needed, such as [0.9,0.95]"]),
+        (["optimizer.betas=0.9,0.99"], ["optimizer.betas=0.9,0.99: a list of two numbers is needed"]),
+        (["optimizer.betas=[0.9,0.9,0.9]"], ["optimizer.betas=[0.9, 0.9, 0.9]: a list of two numbers is needed"]),
+        (["data.paths=3"], ["data.paths=3: a list is needed"]),
+        (["model=3"], ["model=3: a section is needed, with its keys: name, num_layers, "]),
+        (["precision.loss_scale=3"], ["precision.loss_scale=3: a section is needed, with its keys: static, "]),
+        (["optimizer.name=adamv"], ["optimizer.name=adamv", "'adamw', 'adam' or 'sgd'; did you mean adamw?"]),
+        (["precision.wire=bfloat16"], ["precision.wire=bfloat16", "did you mean bf16?"]),
+        (["worker.device=gpu"], ["worker.device=gpu", "did you mean cuda?"]),
         (["precision.wire=fp8"], ["precision.wire=fp8", "'fp16', 'bf16' or 'fp32'"]),
         (
             ["batch.contributions_per_step=9", "batch.micro_batches_per_step=4"],
@@ -148,6 +157,12 @@ def test_a_key_may_stand_over_one_that_is_laid_under_it(tmp_path: Path) -> None:
     file = tmp_path / "job.yaml"
     file.write_text("optimizer: &base {lr: 1, eps: 2}\nother: &more\n  <<: *base\n  lr: 3\nlast: {<<: *more, eps: 4}\n")
     assert load_mapping(file)["last"] == {"lr": 3, "eps": 4}
+
+
+def test_a_near_name_is_enough_without_the_rest() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_job(None, ["trainig.steps=1"])
+    assert caught.value.message == "trainig is not a key; did you mean training?"
 
 
 def test_an_empty_file_is_a_job(tmp_path: Path) -> None:
