@@ -370,7 +370,7 @@ def _explain(model: type[Section], error: ValidationError) -> str:
         return reason
     if isinstance(value, Mapping):
         return reason if reason.startswith(f"{key}.") else f"{key}: {reason}"
-    return f"{key}={value}: {reason}"
+    return f"{key}={'null' if value is None else value}: {reason}"
 
 
 def _unknown_key(model: type[Section], location: Sequence[str]) -> str:
@@ -381,7 +381,8 @@ def _unknown_key(model: type[Section], location: Sequence[str]) -> str:
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
     near = near or [name for name in names if name.rpartition(".")[2] == location[-1]][:1]
     hint = f"; did you mean {near[0]}?" if near else ""
-    if near and not section:
+    # A name that is only somewhat alike is a guess: then the sections help.
+    if not section and near and (near[0].endswith(f".{key}") or difflib.get_close_matches(key, near, cutoff=0.7)):
         return f"{key} is not a key{hint}"
     allowed = ", ".join(siblings) if siblings else "no keys"
     where = f"{section} has" if section else "a job has"

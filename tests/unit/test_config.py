@@ -73,6 +73,8 @@ def test_merging_and_nesting() -> None:
         (["optimizer.betas=[0.9,0.9,0.9]"], ["optimizer.betas=[0.9, 0.9, 0.9]: a list of two numbers is needed"]),
         (["data.paths=3"], ["data.paths=3: a list is needed"]),
         (["model=3"], ["model=3: a section is needed, with its keys: name, num_layers, "]),
+        (["model="], ["model=null: a section is needed"]),
+        (["zork=1"], ["zork is not a key; did you mean worker? (a job has: run_dir"]),
         (["precision.loss_scale=3"], ["precision.loss_scale=3: a section is needed, with its keys: static, "]),
         (["optimizer.name=adamv"], ["optimizer.name=adamv", "'adamw', 'adam' or 'sgd'; did you mean adamw?"]),
         (["precision.wire=bfloat16"], ["precision.wire=bfloat16", "did you mean bf16?"]),
