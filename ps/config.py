@@ -20,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ps.errors import ConfigError
 from ps.types import MAX_SLOTS, WireDtype
+from ps.wording import in_a_jobs_words
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -255,11 +256,28 @@ def parse_override(text: str) -> tuple[str, Any]:
     try:
         return key.strip(), _load_yaml(value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{key}={value}: not a YAML value: {error}") from None
+        raise ConfigError(f"{key}={value}: not a YAML value: {_yaml_mistake(error)}") from None
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as a string; people mean a number."""
+    """YAML 1.1 reads 1e-3 as a string; people mean a number. Of equal keys it forgets the first; they meant both."""
+
+    # Not while it is constructed: by then `<<` has laid other mappings' keys under this one's.
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise _DuplicateKey(f"{key.value} is there twice, in lines {lines[key.value]} and {line}; make it one")
+            lines[key.value] = line
+        return node
+
+
+class _DuplicateKey(yaml.YAMLError):
+    """A mapping has the same key twice."""
 
 
 _Loader.add_implicit_resolver(
@@ -269,6 +287,15 @@ _Loader.add_implicit_resolver(
 
 def _load_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)
+
+
+def _yaml_mistake(error: yaml.YAMLError) -> str:
+    """What is wrong with a text, and where, in one line."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem is None:
+        return " ".join(str(error).split())
+    mark = error.problem_mark or error.context_mark
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    return where + error.problem + (f" ({error.context})" if error.context else "")
 
 
 def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -286,8 +313,10 @@ def load_mapping(path: Path) -> dict[str, Any]:
         loaded = _load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"there is no job file {path}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"the job file {path} cannot be read: {' '.join(str(error).split())}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the job file {path} cannot be read: {_yaml_mistake(error)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the job file {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -333,17 +362,15 @@ def _explain(model: type[Section], error: ValidationError) -> str:
     # An unknown key is the most useful thing to hear first: it may explain the rest.
     first = next((d for d in details if d["type"] == "extra_forbidden"), details[0])
     location = [str(part) for part in first["loc"]]
-    key = ".".join(location)
     if first["type"] == "extra_forbidden":
         return _unknown_key(model, location)
+    key, reason = in_a_jobs_words(model, first)
     value = first["input"]
-    reason = first["msg"].removeprefix("Value error, ")
-    reason = reason[:1].lower() + reason[1:]
     if not key:
         return reason
     if isinstance(value, Mapping):
         return reason if reason.startswith(f"{key}.") else f"{key}: {reason}"
-    return f"{key}={value}: {reason}"
+    return f"{key}={'null' if value is None else value}: {reason}"
 
 
 def _unknown_key(model: type[Section], location: Sequence[str]) -> str:
@@ -354,6 +381,9 @@ def _unknown_key(model: type[Section], location: Sequence[str]) -> str:
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
     near = near or [name for name in names if name.rpartition(".")[2] == location[-1]][:1]
     hint = f"; did you mean {near[0]}?" if near else ""
+    # A name that is only somewhat alike is a guess: then the sections help.
+    if not section and near and (near[0].endswith(f".{key}") or difflib.get_close_matches(key, near, cutoff=0.7)):
+        return f"{key} is not a key{hint}"
     allowed = ", ".join(siblings) if siblings else "no keys"
     where = f"{section} has" if section else "a job has"
     return f"{key} is not a key{hint} ({where}: {allowed})"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from workers.cli.completion import _job_files, offer
+from workers.cli.completion import _job_files, complete_run, offer
 from workers.cli.main import main
 
 
@@ -51,6 +51,27 @@ def test_job_files_and_folders_are_offered(tmp_path: Path, monkeypatch: pytest.M
     assert texts(list(_job_files("jobs/"))) == ["jobs/b.json"]
     assert texts(list(_job_files(""))) == ["seed.yaml"]
     assert ask("windlass train see", 2) == ["seed.yaml", "seed=1"]
+
+
+def test_an_empty_value_is_completed_by_values_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "job.yaml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert ask("windlass train optimizer.name =", 3) == ["adamw", "adam", "sgd"]
+    assert ask("windlass train job.yaml optimizer.name =", 4) == ["adamw", "adam", "sgd"]
+    assert ask("windlass resume RUN optimizer.name =", 4) == ["adamw", "adam", "sgd"]
+
+
+def test_runs_are_offered_where_a_run_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("runs/a", "runs/b", "mine"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "notes.txt").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert set(texts(complete_run(""))) == {"mine", "runs/a", "runs/b"}
+    assert set(texts(complete_run("runs/"))) == set(texts(complete_run("ru"))) == {"runs/a", "runs/b"}
+    assert texts(complete_run("d")) == texts(complete_run("no/such/")) == []
+    assert ask("windlass resume m", 2) == ["mine"]
 
 
 def ask(words: str, number: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -130,3 +131,28 @@ def test_resuming_a_complete_run_says_how_to_go_on(run: Path, capsys: pytest.Cap
     code, out, _ = call(capsys, "resume", str(run), "training.target_loss=1.5")
     assert code == 0
     assert "training.target_loss=null" in out
+
+
+def test_resuming_to_a_step_behind_what_is_done_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for override in ("training.steps=1", "training.stop_at=12"):
+        code, out, err = call(capsys, "resume", str(run), override)
+        assert (code, out) == (2, "")
+        assert err == f"windlass: error: {override} is behind step 40 of {run}\n"
+
+
+def test_a_run_that_is_under_way_is_not_judged(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(run)
+    lock = folder.try_lock()
+    assert lock is not None
+    try:
+        for override in ("training.steps=1", "training.steps=40"):
+            code, out, err = call(capsys, "resume", str(run), override)
+            assert (code, out) == (1, "")
+            assert f"{run} is in use by the launcher with pid {os.getpid()};" in err
+        # Roles without a launcher are on their way out; they are waited for later.
+        monkeypatch.setattr(os, "kill", lambda _pid, _signum: (_ for _ in ()).throw(ProcessLookupError))
+        folder.refuse_in_use()
+    finally:
+        os.close(lock)

@@ -38,6 +38,12 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
             assert f"  {command} " in out
 
 
+def test_certs_alone_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "certs")
+    assert (code, err) == (0, "")
+    assert all(f"  {command} " in out for command in ("init", "issue", "show"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -46,8 +52,14 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "cluster.shards=0"], ["cluster.shards=0"]),
         (["train", "seed=1", "oops"], ["oops", "key=value"]),
         (["train", "--fast"], ["--fast"]),
+        (["train", "--model.num_layers=2"], ["--model.num_layers", "write model.num_layers=2, without --"]),
+        (["train", "--seed", "3"], ["write seed=3, without --"]),
+        (["validate", "model.num_layers", "2"], ["model.num_layers is a key", "write model.num_layers=2,"]),
+        (["train", "seed=1", "model.num_layers", "=", "2"], ["write model.num_layers=2,"]),
+        (["train", "seed"], ["write seed=VALUE,"]),
         (["resume"], ["RUN"]),
-        (["resume", "no/such/run"], ["no/such/run", "windlass train"]),
+        (["resume", "no/such/run"], ["no/such/run holds no run"]),
+        (["resume", "pyproject.toml"], ["pyproject.toml is a file; resume takes a run folder"]),
         (["sample", "no/such/run", "--tokens", "many"], ["--tokens", "integer"]),
         (["sample", "no/such/run"], ["no/such/run holds no run"]),
         (["evaluate", "no/such/run"], ["no/such/run holds no run"]),
@@ -81,6 +93,19 @@ def test_train_refuses_a_folder_with_a_run_and_says_how_to_go_on(
     assert code == 2
     assert f"windlass resume {tmp_path}" in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("override", ["data.paths=nothing.txt", "worker.device=xla"])
+def test_a_start_that_cannot_work_leaves_nothing_behind(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, "train", override)
+    assert code in (1, 2)
+    assert out == ""
+    assert err.startswith(f"windlass: error: {override.partition('=')[0]}")
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture

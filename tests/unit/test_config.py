@@ -37,10 +37,11 @@ def test_overrides(text: str, key: str, value: Any) -> None:
     assert parse_override(text) == (key, value)
 
 
-@pytest.mark.parametrize("text", ["", "seed", "=1", "a=[1", "a={"])
+@pytest.mark.parametrize("text", ["", "seed", "=1", "a=[1", "a={", "a={b: 1, b: 2}"])
 def test_what_is_no_override(text: str) -> None:
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError) as caught:
         parse_override(text)
+    assert "\n" not in str(caught.value)
 
 
 def test_merging_and_nesting() -> None:
@@ -67,6 +68,17 @@ def test_merging_and_nesting() -> None:
         (["optimizer.name=lion"], ["optimizer.name=lion", "'adamw', 'adam' or 'sgd'"]),
         (["optimizer.betas=[0.9]"], ["optimizer.betas"]),
         (["optimizer.betas=[0.9, 1.0]"], ["optimizer.betas.1=1.0", "less than 1"]),
+        (["optimizer.betas=[0.9]"], ["optimizer.betas=[0.9]: a list of two numbers is needed, such as [0.9,0.95]"]),
+        (["optimizer.betas=0.9,0.99"], ["optimizer.betas=0.9,0.99: a list of two numbers is needed"]),
+        (["optimizer.betas=[0.9,0.9,0.9]"], ["optimizer.betas=[0.9, 0.9, 0.9]: a list of two numbers is needed"]),
+        (["data.paths=3"], ["data.paths=3: a list is needed"]),
+        (["model=3"], ["model=3: a section is needed, with its keys: name, num_layers, "]),
+        (["model="], ["model=null: a section is needed"]),
+        (["zork=1"], ["zork is not a key; did you mean worker? (a job has: run_dir"]),
+        (["precision.loss_scale=3"], ["precision.loss_scale=3: a section is needed, with its keys: static, "]),
+        (["optimizer.name=adamv"], ["optimizer.name=adamv", "'adamw', 'adam' or 'sgd'; did you mean adamw?"]),
+        (["precision.wire=bfloat16"], ["precision.wire=bfloat16", "did you mean bf16?"]),
+        (["worker.device=gpu"], ["worker.device=gpu", "did you mean cuda?"]),
         (["precision.wire=fp8"], ["precision.wire=fp8", "'fp16', 'bf16' or 'fp32'"]),
         (
             ["batch.contributions_per_step=9", "batch.micro_batches_per_step=4"],
@@ -120,6 +132,39 @@ def test_files_that_are_no_jobs(tmp_path: Path, content: bytes, words: str) -> N
         load_mapping(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_mapping(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("training: {steps: 9}\nseed: 1\ntraining:\n  stop_at: 3\n", "training is there twice, in lines 1 and 3"),
+        ("optimizer:\n  lr: 1\n  eps: 1\n  lr: 2\n", "lr is there twice, in lines 2 and 4"),
+        ('{"seed": 1, "seed": 1}', "seed is there twice, in lines 1 and 1"),
+        ("seed: 1\nmodel: [\n", "line 3, column 1: expected the node content, but found '<stream end>'"),
+        ("seed: 1\nmodel: name: gpt\n", "line 2, column 12: mapping values are not allowed here"),
+    ],
+)
+def test_a_job_file_that_is_not_what_it_seems_is_refused_with_its_lines(
+    tmp_path: Path, content: str, words: str
+) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        load_mapping(file)
+    assert f"{file} cannot be read: {words}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_key_may_stand_over_one_that_is_laid_under_it(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("optimizer: &base {lr: 1, eps: 2}\nother: &more\n  <<: *base\n  lr: 3\nlast: {<<: *more, eps: 4}\n")
+    assert load_mapping(file)["last"] == {"lr": 3, "eps": 4}
+
+
+def test_a_near_name_is_enough_without_the_rest() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_job(None, ["trainig.steps=1"])
+    assert caught.value.message == "trainig is not a key; did you mean training?"
 
 
 def test_an_empty_file_is_a_job(tmp_path: Path) -> None:

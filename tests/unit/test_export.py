@@ -77,7 +77,15 @@ def test_transformers_reads_the_tokenizer_and_generates(run: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("float32", torch.float32), ("float16", torch.float16), ("bfloat16", torch.bfloat16)]
+    ("name", "dtype"),
+    [
+        ("float32", torch.float32),
+        ("float16", torch.float16),
+        ("bfloat16", torch.bfloat16),
+        ("fp32", torch.float32),
+        ("fp16", torch.float16),
+        ("bf16", torch.bfloat16),
+    ],
 )
 def test_every_dtype_is_the_master_weights_rounded_once(
     run: Path, tmp_path: Path, name: str, dtype: torch.dtype
@@ -90,7 +98,7 @@ def test_every_dtype_is_the_master_weights_rounded_once(
     for key, tensor in tensors.items():
         assert tensor.dtype is dtype
         assert torch.equal(tensor, expected[key].to(dtype))
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == name
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
 
 
 def test_a_checkpoint_is_chosen_by_its_name(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

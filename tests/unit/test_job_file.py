@@ -33,7 +33,7 @@ def test_every_key_is_listed_with_its_default() -> None:
 def test_an_initial_job_file_has_every_key_and_is_the_default_job(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "jobs" / "mine.yaml"
+    path = tmp_path / "mine.yaml"
     assert main(["init", str(path)]) == 0
     text = path.read_text()
     mapping = load_mapping(path)
@@ -52,6 +52,14 @@ def _dotted(mapping: dict[str, object], prefix: str = "") -> list[str]:
     for name, value in mapping.items():
         found += _dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
     return found
+
+
+def test_folders_are_not_made_for_a_job_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    for parent in ("none", "file"):
+        assert main(["init", str(tmp_path / parent / "job.yaml")]) == 2
+        assert f"there is no folder {tmp_path / parent};" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_file_that_is_there_is_replaced_only_by_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ps.errors import StartupError
-from workers.cli.completion import complete_job, complete_override
+from workers.cli.completion import complete_job, complete_override, complete_run
 
 
 class Level(StrEnum):
@@ -44,8 +44,11 @@ Overrides = Annotated[
         autocompletion=complete_override,
     ),
 ]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
-RunOrCheckpoint = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint in one.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", autocompletion=complete_run)]
+RunOrCheckpoint = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="A run folder, or a checkpoint in one.", autocompletion=complete_run),
+]
 
 TokenizerFile = Annotated[
     Path | None,

@@ -12,7 +12,7 @@ import typer
 
 from ps.config import load_mapping, nest, parse_override
 from ps.errors import ConfigError
-from ps.storage.files import make_directory, write_atomic
+from ps.storage.files import write_atomic
 from workers.cli.arguments import Job
 from workers.config import JobConfig
 from workers.launch import job_file, jobs
@@ -33,7 +33,9 @@ def init(
         raise ConfigError(f"{path} is there already; replace it with --force, or name another file")
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; name a file in it, such as {path / 'job.yaml'}")
-    make_directory(path.absolute().parent)
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise ConfigError(f"{path} cannot be written: there is no folder {parent}; make it first, or name another file")
     write_atomic(path, job_file.commented(JobConfig).encode())
     print(f"{path}: every key at its default; what it will take: windlass validate {path}")
     return 0

@@ -29,6 +29,12 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the C
 Days = Annotated[int, typer.Option(min=1, max=MAX_DAYS, help="For so long the certificates are valid.")]
 
 
+@app.callback(invoke_without_command=True)
+def _certs(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
 @app.command()
 def init(
     folder: Folder,

@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 from workers.config import JobConfig
+from workers.launch.guidance import runs_in
 from workers.launch.job_file import Key, keys
 
 _JOB_FILES = (".yaml", ".yml", ".json")
@@ -15,12 +16,25 @@ _JOB_FILES = (".yaml", ".yml", ".json")
 
 def complete_job(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     """Offer job files, keys and values."""
-    return [*_job_files(incomplete), *offer(_words(context), incomplete)]
+    words = _words(context)
+    # A job file comes first or not at all; after it, and in a value, files only stand in the way.
+    return [*([] if words else _job_files(incomplete)), *offer(words, incomplete)]
 
 
 def complete_override(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
     """Offer keys and values."""
     return offer(_words(context), incomplete)
+
+
+def complete_run(incomplete: str) -> list[tuple[str, str]]:
+    """Offer run folders: those in the folder that was begun, and those in its folders."""
+    folder = Path(incomplete) if incomplete.endswith("/") else Path(incomplete).parent
+    try:
+        below = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError:
+        return []
+    found = [*runs_in(folder), *(run for entry in below for run in runs_in(entry))]
+    return [(str(run), "a run folder") for run in found if str(run).startswith(incomplete)]
 
 
 def offer(before: Sequence[str], incomplete: str) -> list[tuple[str, str]]:

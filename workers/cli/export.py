@@ -19,6 +19,15 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
     FLOAT16 = "float16"
     BFLOAT16 = "bfloat16"
+    # As a job's precision calls them.
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+    @property
+    def full_name(self) -> str:
+        """As transformers calls it."""
+        return self.value if "float" in self.value else self.value.replace("fp", "float").replace("bf", "bfloat")
 
 
 def export(
@@ -39,9 +48,9 @@ def export(
 
     from workers.models.export import export as write
 
-    done = write(run, folder, out, dtype.value, tokenizer, force)
+    done = write(run, folder, out, dtype.full_name, tokenizer, force)
     print(
-        f"{out}: {done.num_parameters:,} parameters of step {done.version} in {dtype.value}, "
+        f"{out}: {done.num_parameters:,} parameters of step {done.version} in {dtype.full_name}, "
         f"{done.num_bytes / 1e6:,.1f} MB\n"
         f'load it with: transformers.AutoModelForCausalLM.from_pretrained("{out}")'
     )

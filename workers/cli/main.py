@@ -13,6 +13,7 @@ import typer
 from ps.errors import ConfigError, PsError
 from workers.cli import before, certs, export, inspect, plot, roles, status, train
 from workers.launch.processes import ERROR_PREFIX
+from workers.launch.slips import hint_for_option
 
 # The root of "wrong usage" in whichever click this typer brings.
 _CLICK_ERROR: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -73,7 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PsError as error:
         return _fail(error.message, 2 if isinstance(error, ConfigError) else 1)
     except _CLICK_ERROR as error:
-        return _fail(" ".join(str(getattr(error, "format_message", error.__str__)()).split()), 2)
+        message = " ".join(str(getattr(error, "format_message", error.__str__)()).split())
+        typed = sys.argv[1:] if arguments is None else arguments
+        return _fail(message + hint_for_option(getattr(error, "option_name", None), typed), 2)
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except BrokenPipeError:

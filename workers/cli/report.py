@@ -7,7 +7,7 @@ import re
 import textwrap
 import warnings
 
-from ps.errors import PsError, StorageError
+from ps.errors import ConfigError, PsError, StorageError
 from ps.storage.layout import newest
 from ps.storage.manifest import read_manifest
 from workers.config import JobConfig
@@ -20,7 +20,11 @@ _PYTHON_SAMPLES = 4
 
 
 def completion(folder: RunFolder, job: JobConfig) -> str | None:
-    """Say that a run has nothing left to do, and how to go on; None: it has."""
+    """Say that a run has nothing left to do, and how to go on; None: it has.
+
+    Raises:
+        ConfigError: the job ends before what is done.
+    """
     checkpoint = newest(job.checkpoint_dir)
     if checkpoint is None:
         return None
@@ -29,6 +33,9 @@ def completion(folder: RunFolder, job: JobConfig) -> str | None:
     except StorageError:
         # The coordinator names it, and goes back to the one before.
         return None
+    for name, end in (("steps", job.training.steps), ("stop_at", job.training.stop_at)):
+        if end is not None and end < manifest.version:
+            raise ConfigError(f"training.{name}={end} is behind step {manifest.version} of {folder.path}")
     if manifest.version >= job.training.steps:
         return (
             f"{folder.path} is complete: {manifest.version} of {job.training.steps} steps; "

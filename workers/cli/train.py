@@ -21,8 +21,9 @@ from workers.cli.arguments import Job, Overrides, Run, require_worker_extra
 from workers.config import JobConfig
 from workers.launch import jobs
 from workers.launch.by_hand import LAST_PORT, role_commands
+from workers.launch.device_check import refuse_missing_device
 from workers.launch.folder import RunFolder
-from workers.launch.launcher import Launcher
+from workers.launch.launcher import Launcher, refuse_run
 from workers.launch.processes import ERROR_PREFIX, RoleCommands, windlass
 from workers.launch.progress import choose_display
 
@@ -50,13 +51,17 @@ def train(
         return 0
     if first_port is not None:
         raise ConfigError(f"--first-port={first_port} goes with --print-commands; a launcher takes free ports")
+    _refuse_what_validate_refuses(resolved)
     return _launch(resolved, resume=False)
 
 
 def resume(run: Run, overrides: Overrides = None) -> int:
     """Go on with a run."""
+    if run.is_file():
+        raise ConfigError(f"{run} is a file; resume takes a run folder")
     folder = RunFolder(run)
     resolved = jobs.resume(folder.read_job(), run, overrides or ())
+    folder.refuse_in_use()
     complete = report.completion(folder, resolved)
     if complete:
         print(complete)
@@ -83,9 +88,22 @@ def prepare(job: Job = None) -> int:
     return 0
 
 
+def _refuse_what_validate_refuses(job: JobConfig) -> None:
+    """See that the run can start, before its folder is made: a start that failed leaves nothing behind.
+
+    Raises:
+        ConfigError, DataError: it cannot.
+    """
+    from workers.data.source import collect
+
+    refuse_run(RunFolder(job.run_dir))
+    collect(job.data.paths)
+
+
 def _launch(job: JobConfig, resume: bool) -> int:
     require_worker_extra("training")
     logging.getLogger("workers").addHandler(logging.NullHandler())
+    refuse_missing_device(job.worker.device)
     security = _security(job)
     folder = RunFolder(job.run_dir)
     display = choose_display(sys.stdout, job.launch.progress_every_steps, str(folder.path), security)

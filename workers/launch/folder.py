@@ -27,6 +27,7 @@ from ps.storage.files import make_directory, reason, write_atomic
 from ps.storage.layout import newest
 from ps.storage.manifest import MANIFEST_NAME
 from workers.config import JobConfig
+from workers.launch import guidance
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,16 @@ class RunFolder:
         """
         try:
             mapping = json.loads(self.config.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(
-                f"{self.path} holds no run (there is no {self.config}); start one with: "
-                f"windlass train run_dir={self.path}"
-            ) from None
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, NotADirectoryError):
+            raise ConfigError(guidance.no_run(self.path)) from None
+        except OSError as error:
+            raise ConfigError(f"{self.config} cannot be read: {reason(error)}") from None
+        except ValueError as error:
             raise ConfigError(f"{self.config} cannot be read: {error}") from None
+        if not isinstance(mapping, dict):
+            raise ConfigError(f"{self.config} holds a {type(mapping).__name__}, not a job")
+        if "architectures" in mapping:
+            raise ConfigError(guidance.export_is_no_run(self.path))
         return validate(JobConfig, mapping)
 
     def write_job(self, job: JobConfig) -> None:
@@ -128,6 +132,20 @@ class RunFolder:
             os.close(lock)
         return False
 
+    def refuse_in_use(self) -> None:
+        """See that no launcher has the folder, before anything is said about a run that is still under way.
+
+        The roles of a launcher that was killed do not count: they end by themselves, and the next one waits for that.
+
+        Raises:
+            StartupError: a launcher has it.
+        """
+        holder = self.holder()
+        if self.is_held() and holder.isdigit() and _lives(int(holder)):
+            raise StartupError(
+                f"the run folder {self.path} is in use by the launcher with pid {holder}; end that run first"
+            )
+
     def holder(self) -> str:
         """The pid of the launcher that took the folder last, for messages."""
         try:
@@ -138,6 +156,16 @@ class RunFolder:
     @property
     def _lock(self) -> Path:
         return self.path / ".lock"
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ps.config import nest, parse_override
 from ps.errors import ConfigError
 from workers.config import JobConfig, load_job
+from workers.launch.slips import refuse_loose_keys
 
 #: What a resumed run may change: none of it is part of which run it is.
 MAY_CHANGE = (
@@ -41,7 +42,12 @@ class Difference(NamedTuple):
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """Tell `[job.yaml] [key=value ...]` apart: a job file has no `=` in its name, or exists."""
+    """Tell `[job.yaml] [key=value ...]` apart: a job file has no `=` in its name, or exists.
+
+    Raises:
+        ConfigError: a key stands apart from its value.
+    """
+    refuse_loose_keys(arguments)
     if arguments and ("=" not in arguments[0] or Path(arguments[0]).is_file()):
         return Path(arguments[0]), list(arguments[1:])
     return None, list(arguments)
@@ -88,6 +94,7 @@ def resume(previous: JobConfig, run_dir: Path, overrides: Sequence[str]) -> JobC
     Raises:
         ConfigError: an override is wrong, or would make another run.
     """
+    refuse_loose_keys(overrides)
     if "run_dir" in nest([parse_override(text) for text in overrides]):
         raise ConfigError(f"run_dir=...: a resumed run stays in its folder, {run_dir}")
     base = previous.model_dump(mode="json")
