@@ -67,9 +67,15 @@ class Machine(Run):
                 self.serving.gather(f"{member.name} started anew")
         return rank
 
-    def connect(self, member: MemberState, now: float) -> None:
-        """A member's session is open: what it may have missed is told again."""
+    def connect(self, member: MemberState, now: float, starting: bool = False) -> None:
+        """A member's session is open: what it may have missed is told again.
+
+        Args:
+            starting: it is a shard that cannot be configured yet.
+        """
         member.connected = member.met = True
+        if member.role is Role.SHARD:
+            member.ready = not starting
         self.seen(member, now)
         self.ask(MembersChanged())
         if member.role is Role.SHARD and self.phase is Phase.RUNNING:
@@ -78,6 +84,11 @@ class Machine(Run):
                 self.tell_decision(member.rank, self.last_decision)
             if self.snapshots.is_pending(self.state.version):
                 self.ask(TellSnapshot(member.rank, self.fence, self.state.version))
+
+    def started(self, member: MemberState, now: float) -> None:
+        """A shard can be configured from now on."""
+        member.ready = True
+        self.seen(member, now)
 
     def disconnect(self, member: MemberState, now: float) -> None:
         """A member's session broke; it may be back within the grace."""
@@ -91,7 +102,7 @@ class Machine(Run):
         if doing is not None:
             member.doing = doing
         if not member.live and member.ready:
-            member.live = True
+            member.live = member.served = True
             member.since = now
             log.info("%s is there", member.name)
             self._welcome(member)

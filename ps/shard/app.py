@@ -36,6 +36,7 @@ MAX_STREAMS = 256
 LEAVE_S = 60.0
 #: Prepared and applied are told again after so long without an answer.
 RESEND_S = 1.0
+NO_PLAN = "waiting for the plan"
 
 
 class ShardApp:
@@ -84,8 +85,12 @@ class ShardApp:
             self._registered = True
             config = from_json(RunConfig, response.job)
             identify(config.run_name, Role.SHARD, self._host.index)
+            # A minute without a cache: it is there meanwhile, and says why it does not serve.
+            self._session.doing("compiling kernels")
+            self._session.start(starting=True)
             warm_up(Update(config.optimizer, config.precision.wire), config.precision.wire)
-            self._session.start()
+            self._session.doing(NO_PLAN)
+            self._session.started()
             self._wait()
         finally:
             self._health.not_serving()
@@ -102,7 +107,7 @@ class ShardApp:
         while not self._ended.wait(RESEND_S):
             engine = self._host.engine
             if engine is None:
-                self._session.doing("waiting for the coordinator to hand out the plan")
+                self._session.doing(NO_PLAN)
                 continue
             with engine.changed:
                 protocol = engine.protocol
