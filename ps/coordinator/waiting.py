@@ -100,7 +100,7 @@ def _missing(run: Run, steps: Steps, serving: Serving) -> Iterator[_Missing]:
     for shard, member in known.items():
         if member is not None and not member.served:
             says = f"; it says: {member.doing}" if member.doing else ""
-            yield _Missing(Role.SHARD, shard, f"to start{says}", (("come", shard),))
+            yield _Missing(Role.SHARD, shard, f"to start{says}", (("start", shard),))
     if run.phase is Phase.GATHERING:
         return
     if run.phase is Phase.INITIALIZING:

@@ -16,6 +16,7 @@ from ps.config import RunConfig, from_json
 from ps.errors import NotServing, PsError, StaleFence
 from ps.kernels.compile import check_denormals, warm_up
 from ps.kernels.update import Update
+from ps.shard.doing import describe
 from ps.shard.engine import Outbox, ShardEngine
 from ps.shard.service import SERVICE, ShardHost, ShardServicer
 from ps.shard.snapshot import SnapshotTarget
@@ -110,12 +111,7 @@ class ShardApp:
                 self._session.doing(NO_PLAN)
                 continue
             with engine.changed:
-                protocol = engine.protocol
-                missing = protocol.missing()
-                self._session.doing(
-                    f"step {protocol.step}: {protocol.chunks_reduced} of {len(engine.chunks)} chunks reduced"
-                    + (f", contributions {missing} incomplete" if missing else "")
-                )
+                self._session.doing(describe(engine.protocol, len(engine.chunks)))
             engine.resend()
             if engine.has_state and engine.protocol.serving:
                 self._health.serving()

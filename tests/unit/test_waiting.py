@@ -187,10 +187,10 @@ def test_a_shard_that_has_not_reduced_or_applied_a_step_is_named(run: Deaf) -> N
     run.shards[1].silent = True
     run.settle(5)
     assert waits(run) == [("shard 1", "to reduce the step")]
-    run.machine.seen(run.member(Role.SHARD, 1), run.now, "step 2: 3 of 6 chunks reduced")
-    assert waits(run) == [("shard 1", "to reduce the step; it says: 3 of 6 chunks reduced")]
+    run.machine.seen(run.member(Role.SHARD, 1), run.now, "step 2: reducing 3/6")
+    assert waits(run) == [("shard 1", "to reduce the step; it says: reducing 3/6")]
     # A heartbeat that speaks of another step says nothing about this one.
-    run.machine.seen(run.member(Role.SHARD, 1), run.now, "step 1: 6 of 6 chunks reduced")
+    run.machine.seen(run.member(Role.SHARD, 1), run.now, "step 1: reducing 5/6")
     assert waits(run) == [("shard 1", "to reduce the step")]
     run.shards[1].silent = False
     run.shards[1].slow = True
