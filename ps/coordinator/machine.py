@@ -59,7 +59,8 @@ class Machine(Run):
         before = self.members.admit(member, now)
         if before is not None:
             log.info("%s has come back in a new life", member.name)
-            self._lost(before, "was replaced")
+            left = member.role is Role.WORKER and before.met and not before.ready
+            self._lost(before, "was replaced", asked=left)
         if self.members.find(member.role, rank, member.incarnation) is member:
             self.ask(Journal({"type": "member", "role": str(member.role), "rank": rank, "life": member.incarnation}))
             if member.role is Role.SHARD and self.phase is not Phase.GATHERING:
@@ -115,7 +116,7 @@ class Machine(Run):
             # Not ready either: a heartbeat that is still on its way must not bring it back.
             member.live = member.connected = member.ready = False
             member.since = now
-            self._lost(member, "left")
+            self._lost(member, "left", asked=True)
         member.last_seen = now
 
     def model(
@@ -187,8 +188,9 @@ class Machine(Run):
         """Say what is waited for, since when, and when it was last seen; empty: nothing."""
         return describe_wait(self, self.waits(now))
 
-    def _lost(self, member: MemberState, why: str) -> None:
-        log.warning("%s %s", member.name, why)
+    def _lost(self, member: MemberState, why: str, asked: bool = False) -> None:
+        expected = asked or (member.role is Role.WORKER and self.steps.is_over())
+        log.log(logging.INFO if expected else logging.WARNING, "%s %s", member.name, why)
         self.ask(MembersChanged())
         if member.role is Role.WORKER:
             lost = self.steps.lose(member.rank)

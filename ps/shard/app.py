@@ -136,6 +136,7 @@ class ShardApp:
     def _end(self, ok: bool, reason: str) -> None:
         self._exit_code, self._reason = int(not ok), reason
         self._ended.set()
+        self._host.ending.set()
 
     # -- From the coordinator -------------------------------------------------------------------
 
