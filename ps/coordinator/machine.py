@@ -59,7 +59,8 @@ class Machine(Run):
         before = self.members.admit(member, now)
         if before is not None:
             log.info("%s has come back in a new life", member.name)
-            self._lost(before, "was replaced")
+            left = member.role is Role.WORKER and before.met and not before.ready
+            self._lost(before, "was replaced", asked=left)
         if self.members.find(member.role, rank, member.incarnation) is member:
             self.ask(Journal({"type": "member", "role": str(member.role), "rank": rank, "life": member.incarnation}))
             if member.role is Role.SHARD and self.phase is not Phase.GATHERING:
@@ -67,9 +68,15 @@ class Machine(Run):
                 self.serving.gather(f"{member.name} started anew")
         return rank
 
-    def connect(self, member: MemberState, now: float) -> None:
-        """A member's session is open: what it may have missed is told again."""
+    def connect(self, member: MemberState, now: float, starting: bool = False) -> None:
+        """A member's session is open: what it may have missed is told again.
+
+        Args:
+            starting: it is a shard that cannot be configured yet.
+        """
         member.connected = member.met = True
+        if member.role is Role.SHARD:
+            member.ready = not starting
         self.seen(member, now)
         self.ask(MembersChanged())
         if member.role is Role.SHARD and self.phase is Phase.RUNNING:
@@ -78,6 +85,11 @@ class Machine(Run):
                 self.tell_decision(member.rank, self.last_decision)
             if self.snapshots.is_pending(self.state.version):
                 self.ask(TellSnapshot(member.rank, self.fence, self.state.version))
+
+    def started(self, member: MemberState, now: float) -> None:
+        """A shard can be configured from now on."""
+        member.ready = True
+        self.seen(member, now)
 
     def disconnect(self, member: MemberState, now: float) -> None:
         """A member's session broke; it may be back within the grace."""
@@ -91,7 +103,7 @@ class Machine(Run):
         if doing is not None:
             member.doing = doing
         if not member.live and member.ready:
-            member.live = True
+            member.live = member.served = True
             member.since = now
             log.info("%s is there", member.name)
             self._welcome(member)
@@ -104,7 +116,7 @@ class Machine(Run):
             # Not ready either: a heartbeat that is still on its way must not bring it back.
             member.live = member.connected = member.ready = False
             member.since = now
-            self._lost(member, "left")
+            self._lost(member, "left", asked=True)
         member.last_seen = now
 
     def model(
@@ -176,8 +188,9 @@ class Machine(Run):
         """Say what is waited for, since when, and when it was last seen; empty: nothing."""
         return describe_wait(self, self.waits(now))
 
-    def _lost(self, member: MemberState, why: str) -> None:
-        log.warning("%s %s", member.name, why)
+    def _lost(self, member: MemberState, why: str, asked: bool = False) -> None:
+        expected = asked or (member.role is Role.WORKER and self.steps.is_over())
+        log.log(logging.INFO if expected else logging.WARNING, "%s %s", member.name, why)
         self.ask(MembersChanged())
         if member.role is Role.WORKER:
             lost = self.steps.lose(member.rank)

@@ -22,10 +22,12 @@ class MemberState:
     connected: bool = False
     #: Has been connected in this life.
     met: bool = False
-    #: May take part: a shard always, a worker once its model and data are known to be the run's.
+    #: May take part: a shard once its kernels are compiled, a worker once its model and data are known to be the run's.
     ready: bool = False
     #: Counted as live: work is dealt to it, and its state is relied on.
     live: bool = False
+    #: This life of it, or an earlier one, has been live.
+    served: bool = False
     last_seen: float = 0.0
     doing: str = ""
     #: When it became live or, when it is not, was lost or registered.
@@ -82,6 +84,7 @@ class Members:
             return None
         if before is not None:
             self._replaced.add((*key, before.incarnation))
+            member.served = before.served
         member.last_seen = member.since = now
         self._members[key] = member
         return before

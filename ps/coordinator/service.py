@@ -137,7 +137,7 @@ class CoordinatorServicer(pb_grpc.CoordinatorServicer):
         context.add_callback(lambda: mine.put(None))
         # The first answer says that the session stands; the member then tells what it knows.
         yield pb.SessionResponse()
-        self._loop.post(lambda now: self._machine.connect(member, now))
+        self._loop.post(lambda now: self._machine.connect(member, now, first.hello.starting))
         reader = threading.Thread(
             target=self._read, args=(requests, member, mine), name=f"session {member.name}", daemon=True
         )
@@ -236,7 +236,13 @@ def _leave(machine: Machine, member: MemberState, _event: pb.Leave, now: float) 
     machine.leave(member, now)
 
 
+def _heartbeat(machine: Machine, member: MemberState, event: pb.Heartbeat, now: float) -> None:
+    if member.role is Role.SHARD and not member.ready and not event.starting:
+        machine.started(member, now)
+
+
 _HANDLERS: dict[str, Any] = {
+    "heartbeat": _heartbeat,
     "model": _model,
     "prepared": _prepared,
     "applied": _applied,

@@ -91,14 +91,19 @@ def _missing(run: Run, steps: Steps, serving: Serving) -> Iterator[_Missing]:
     if run.phase is Phase.ENDED:
         return
     absent = run.members.missing_shards()
-    if absent:
-        for shard in absent:
-            known = run.members.get(Role.SHARD, shard) is not None
-            yield _Missing(Role.SHARD, shard, "to come back" if known else "to come", (("come", shard),))
+    known = {shard: run.members.get(Role.SHARD, shard) for shard in absent}
+    for shard, member in known.items():
+        if member is None or member.served:
+            yield _Missing(Role.SHARD, shard, "to come back" if member else "to come", (("come", shard),))
+    if run.phase is Phase.GATHERING and run.history.table is None:
+        yield from _first_model(run)
+    for shard, member in known.items():
+        if member is not None and not member.served:
+            says = f"; it says: {member.doing}" if member.doing else ""
+            yield _Missing(Role.SHARD, shard, f"to start{says}", (("start", shard),))
     if run.phase is Phase.GATHERING:
-        if run.history.table is None:
-            yield from _first_model(run)
-    elif run.phase is Phase.INITIALIZING:
+        return
+    if run.phase is Phase.INITIALIZING:
         yield from _initial_values(run, serving)
     elif run.phase is not Phase.RUNNING:
         what = _CONTROL.get(run.phase) or f"to load {serving.loading or 'no checkpoint: there is none'}"
@@ -111,9 +116,10 @@ def _missing(run: Run, steps: Steps, serving: Serving) -> Iterator[_Missing]:
 
 def _first_model(run: Run) -> Iterator[_Missing]:
     """Without a worker's table there is no plan."""
-    coming = [member.rank for member in run.members.of(Role.WORKER) if member.connected and not member.ready]
-    for rank in coming:
-        yield _Missing(Role.WORKER, rank, "to say what its model and data are", (("model", rank),))
+    coming = [m for m in run.members.of(Role.WORKER) if not m.ready and (m.connected or not m.met)]
+    for member in coming:
+        what = "to say what its model and data are" if member.connected else "to load its data and model"
+        yield _Missing(Role.WORKER, member.rank, what, (("model", member.rank),))
     if not coming:
         yield _Missing(Role.WORKER, None, "to come", (("come", Role.WORKER),))
 

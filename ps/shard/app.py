@@ -16,6 +16,7 @@ from ps.config import RunConfig, from_json
 from ps.errors import NotServing, PsError, StaleFence
 from ps.kernels.compile import check_denormals, warm_up
 from ps.kernels.update import Update
+from ps.shard.doing import describe
 from ps.shard.engine import Outbox, ShardEngine
 from ps.shard.service import SERVICE, ShardHost, ShardServicer
 from ps.shard.snapshot import SnapshotTarget
@@ -36,6 +37,7 @@ MAX_STREAMS = 256
 LEAVE_S = 60.0
 #: Prepared and applied are told again after so long without an answer.
 RESEND_S = 1.0
+NO_PLAN = "waiting for the plan"
 
 
 class ShardApp:
@@ -84,8 +86,12 @@ class ShardApp:
             self._registered = True
             config = from_json(RunConfig, response.job)
             identify(config.run_name, Role.SHARD, self._host.index)
+            # A minute without a cache: it is there meanwhile, and says why it does not serve.
+            self._session.doing("compiling kernels")
+            self._session.start(starting=True)
             warm_up(Update(config.optimizer, config.precision.wire), config.precision.wire)
-            self._session.start()
+            self._session.doing(NO_PLAN)
+            self._session.started()
             self._wait()
         finally:
             self._health.not_serving()
@@ -102,15 +108,10 @@ class ShardApp:
         while not self._ended.wait(RESEND_S):
             engine = self._host.engine
             if engine is None:
-                self._session.doing("waiting for the coordinator to hand out the plan")
+                self._session.doing(NO_PLAN)
                 continue
             with engine.changed:
-                protocol = engine.protocol
-                missing = protocol.missing()
-                self._session.doing(
-                    f"step {protocol.step}: {protocol.chunks_reduced} of {len(engine.chunks)} chunks reduced"
-                    + (f", contributions {missing} incomplete" if missing else "")
-                )
+                self._session.doing(describe(engine.protocol, len(engine.chunks)))
             engine.resend()
             if engine.has_state and engine.protocol.serving:
                 self._health.serving()
@@ -135,6 +136,7 @@ class ShardApp:
     def _end(self, ok: bool, reason: str) -> None:
         self._exit_code, self._reason = int(not ok), reason
         self._ended.set()
+        self._host.ending.set()
 
     # -- From the coordinator -------------------------------------------------------------------
 

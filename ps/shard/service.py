@@ -25,6 +25,8 @@ from ps.wire.status import abort
 log = logging.getLogger(__name__)
 
 SERVICE = "windlass.ps.v1.Shard"
+#: All members hear of the end of a run within this.
+END_S = 2.0
 
 
 class ShardHost:
@@ -37,6 +39,8 @@ class ShardHost:
         self._on_engine = on_engine
         #: Held while the coordinator configures, which may take as long as loading does.
         self._lock = threading.Lock()
+        #: The run ends, or this process: streams end too.
+        self.ending = threading.Event()
         self._streams = 0
         self._streams_lock = threading.Lock()
 
@@ -197,7 +201,9 @@ class ShardServicer:
             return
         exchange = Exchange(engine, self._host.incarnation)
         context.add_callback(exchange.close)
-        reader = threading.Thread(target=_read, args=(frames, exchange), name="exchange", daemon=True)
+        reader = threading.Thread(
+            target=_read, args=(frames, exchange, self._host.ending), name="exchange", daemon=True
+        )
         reader.start()
         self._host.count_stream(1)
         try:
@@ -207,12 +213,15 @@ class ShardServicer:
             exchange.close()
 
 
-def _read(frames: Iterator[bytes], exchange: Exchange) -> None:
+def _read(frames: Iterator[bytes], exchange: Exchange, ending: threading.Event) -> None:
     try:
         for data in frames:
             exchange.receive(data)
     except grpc.RpcError:
-        log.info("a worker's stream broke")
+        exchange.close()
+        # A worker may hear before this shard does that the run is over.
+        if not ending.wait(END_S):
+            log.info("a worker's stream broke, or its worker has left")
     except Exception:
         log.exception("a stream's reader failed; the stream is closed")
     finally:

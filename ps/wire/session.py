@@ -55,6 +55,7 @@ class Session:
         self._on_message = on_message
         self._on_connect = on_connect
         self._doing = ""
+        self._starting = False
         self._lease_s = 10.0
         self._outbox: queue.SimpleQueue[pb.SessionRequest | None] = queue.SimpleQueue()
         self._call: grpc.Call | None = None
@@ -100,9 +101,20 @@ class Session:
         self._lease_s = response.lease_s
         return response
 
-    def start(self) -> None:
-        """Connect in the background and stay connected; `register` comes first."""
+    def start(self, starting: bool = False) -> None:
+        """Connect in the background and stay connected; `register` comes first.
+
+        Args:
+            starting: nothing can be asked of the member before `started`.
+        """
+        self._starting = starting
         self._thread.start()
+
+    def started(self) -> None:
+        """The member can take part from now on."""
+        self._starting = False
+        # On a stream that is down it is lost, and the next Hello says it.
+        self.send(heartbeat=pb.Heartbeat(doing=self._doing))
 
     def send(self, **event: Any) -> None:
         """Send one event, by its field name in SessionRequest. Lost when the stream is down."""
@@ -162,7 +174,7 @@ class Session:
         self.register(timeout_s=0.0)
         outbox: queue.SimpleQueue[pb.SessionRequest | None] = queue.SimpleQueue()
         self._outbox = outbox
-        outbox.put(pb.SessionRequest(hello=pb.Hello(member=self.member, run=self.run)))
+        outbox.put(pb.SessionRequest(hello=pb.Hello(member=self.member, run=self.run, starting=self._starting)))
         answered = False
         self._call = call = self._stub.Session(self._requests(outbox))
         try:
@@ -184,14 +196,14 @@ class Session:
         return answered
 
     def _requests(self, outbox: queue.SimpleQueue[pb.SessionRequest | None]) -> Iterator[pb.SessionRequest]:
-        # Due whatever else is sent: it alone says what the member is doing.
-        heartbeat_at = time.monotonic() + self._lease_s / 4
+        # Due whatever else is sent, and after Hello at once: it alone says what the member is doing.
+        heartbeat_at = time.monotonic()
         while True:
             try:
                 request = outbox.get(timeout=max(0.0, heartbeat_at - time.monotonic()))
             except queue.Empty:
                 heartbeat_at = time.monotonic() + self._lease_s / 4
-                request = pb.SessionRequest(heartbeat=pb.Heartbeat(doing=self._doing))
+                request = pb.SessionRequest(heartbeat=pb.Heartbeat(doing=self._doing, starting=self._starting))
             if request is None:
                 return
             yield request

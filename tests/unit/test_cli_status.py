@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 from pathlib import Path
@@ -12,8 +13,11 @@ import pytest
 from protos.ps.v1 import coordinator_pb2 as pb
 from protos.ps.v1.common_pb2 import Member
 from ps.client.status import StatusClient
+from ps.errors import PeerUnavailable
+from tests.support.checkpoints import make_arrays, make_table, write_checkpoint
+from workers.cli import report
 from workers.cli.main import main
-from workers.launch import jobs
+from workers.launch import jobs, watch
 from workers.launch.folder import RunFolder
 
 
@@ -76,6 +80,76 @@ def test_another_runs_coordinator_at_the_same_port_is_not_taken_for_it(
         folder.cluster.write_text(json.dumps([{"role": "coordinator", "rank": 0, "pid": pid, "address": "a:1"}]))
         assert main(["status", "runs/a"]) == code
     assert "runs/a is not running" in capsys.readouterr().err
+
+
+def finish(folder: RunFolder) -> None:
+    """The folder's run has made its 400 steps, and its last checkpoint is complete."""
+    lines = [
+        {"kind": "step", "step": 399, "loss": 2.0},
+        {"kind": "evaluation", "version": 400, "loss": 6.03714, "perplexity": 9.0, "bits_per_byte": 2.0},
+    ]
+    folder.metrics.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    table = make_table([10])
+    write_checkpoint(folder.path / "checkpoints", table, 1, make_arrays(table, ()), 400)
+
+
+COMPLETE = "runs/a is complete: 400 of 400 steps; to go on: windlass resume runs/a training.steps=800\n"
+
+
+def test_of_a_complete_run_it_says_what_resume_says(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    finish(folder)
+    assert main(["resume", "runs/a"]) == 0
+    assert capsys.readouterr().out == COMPLETE
+    assert main(["status", "runs/a"]) == 1
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == (COMPLETE, "")
+    assert main(["status", "runs/a", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["error"] == COMPLETE.strip()
+
+
+@pytest.mark.parametrize("by_folder", [True, False])
+def test_watching_a_run_to_its_end_ends_with_one_line(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, by_folder: bool
+) -> None:
+    last = pb.StatusResponse(
+        phase="running", version=400, steps=400, loss=2.0, evaluation_loss=6.5, coordinator=Member(pid=2)
+    )
+    answers = iter([last, last])
+
+    def ask(_self: StatusClient, _timeout_s: float) -> pb.StatusResponse:
+        answer = next(answers, None)
+        if answer is not None:
+            return answer
+        if not folder.path.joinpath("checkpoints").exists():
+            finish(folder)
+        raise PeerUnavailable("gone")
+
+    monkeypatch.setattr(StatusClient, "ask", ask)
+    monkeypatch.setattr(watch, "SILENT_S", 0.3)
+    folder.cluster.write_text(json.dumps([{"role": "coordinator", "rank": 0, "pid": 2, "address": "a:1"}]))
+    assert main(["status", "runs/a" if by_folder else "a:1", "--watch", "--every", "0.1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"finished: 400 of 400 steps, held-out {'6.0371' if by_folder else '6.5000'}"
+    assert {line.split(":")[0] for line in lines[:-1]} <= {"running"}
+
+
+def test_watching_a_run_that_is_stopped_ends_with_how_far_it_came(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = pb.StatusResponse(phase="ended", version=1, steps=400, evaluation_loss=math.nan)
+    monkeypatch.setattr(StatusClient, "ask", lambda _self, _timeout_s: answer)
+    folder.cluster.write_text(json.dumps([{"role": "coordinator", "rank": 0, "address": "a:1"}]))
+    assert main(["status", "runs/a", "--watch", "--every", "0.1"]) == 0
+    assert capsys.readouterr().out == "ended: 1 of 400 steps\n"
+
+
+def test_a_run_that_was_stopped_names_what_was_saved(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    job = folder.read_job()
+    report.print_unfinished(folder, job)
+    assert capsys.readouterr().out == "go on with: windlass resume runs/a\n"
+    finish(folder)
+    report.print_unfinished(folder, job)
+    assert capsys.readouterr().out == "saved step-00000400; go on with: windlass resume runs/a\n"
 
 
 def test_an_address_where_nobody_listens(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,6 +207,11 @@ def test_a_signal_asks_the_coordinator_alone_and_waits_for_it(signum: signal.Sig
     assert machine.tick(100.95, [Exit(member, 0) for member in EVERYBODY]) == [End(code, None, finished=False)]
 
 
+@pytest.mark.parametrize(("signum", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+def test_what_kills_at_once_is_named_as_it_came(signum: signal.Signals, name: str) -> None:
+    assert said(running().interrupt(1.0, signum)).endswith(f"; {name} again kills at once")
+
+
 def test_what_dies_while_stopping_stays_dead_and_the_deadline_ends_it() -> None:
     machine = running()
     machine.tick(1.0, [killed(WORKER)])

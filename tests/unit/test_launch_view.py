@@ -57,7 +57,7 @@ MESSAGE = pb.StatusResponse(
             state="live",
             since_s=3700,
             last_seen_s=0.4,
-            doing="step 812: 3 of 6 chunks reduced",
+            doing="step 812: reducing 3/6",
         ),
         pb.MemberStatus(
             member=common_pb2.Member(role="worker", rank=0, pid=13, host="node-1", metrics_address="node-1:9101"),
@@ -173,6 +173,22 @@ def test_short_waits_are_not_shown(snapshot: Snapshot) -> None:
     assert "waiting for shard 4 (to come) since 9.0 s, never seen" in text
     assert "shard 2 (to come) since 7.0 s, never seen, and for 2 more" in text
     assert "shard 1 (to come)" not in text
+
+
+def test_what_a_member_does_is_shown_without_the_step(snapshot: Snapshot) -> None:
+    """Also of a step before: heartbeats come later than answers."""
+    said = (MemberSnapshot("shard", 0, "live", 1.0, 0.1, "step 811: waiting for contributions 0, 1"),)
+    (line,) = [line for line in draw(replace(snapshot, members=said), 120) if line.startswith("shard-0")]
+    assert line.rstrip().endswith("  waiting for contributions 0, 1")
+
+
+def test_who_only_starts_is_named_last(snapshot: Snapshot) -> None:
+    waits = (
+        WaitSnapshot("worker", 0, "to load its data and model", 5.0, 5.0),
+        WaitSnapshot("shard", 0, "to start", 9.0, 0.1),
+    )
+    lines = [line for line in draw(replace(snapshot, waits=waits), 120) if line.startswith("waiting for")]
+    assert [line.split(" (")[0] for line in lines] == ["waiting for worker 0", "waiting for shard 0"]
 
 
 def test_before_the_coordinator_answers_the_processes_are_shown() -> None:

@@ -482,6 +482,27 @@ def test_a_checkpoint_on_its_way_at_a_rollback_is_forgotten(run: FakeRun) -> Non
     assert sorted(run.checkpoints) == ["step-00000000", "step-00000003", "step-00000006"]
 
 
+def test_only_a_worker_that_is_missed_is_worth_a_warning(run: FakeRun, caplog: pytest.LogCaptureFixture) -> None:
+    def warned() -> list[str]:
+        return [record.message for record in caplog.records if record.levelname == "WARNING"]
+
+    run.everybody()
+    run.run_to(2)
+    run.machine.leave(run.member(Role.WORKER, 0), run.now)
+    assert warned() == []
+    run.join_worker(0)
+    run.kill_worker(1)
+    run.settle(5)
+    run.step(1.0)
+    assert warned() == ["worker 1 broke its connection"]
+    run.disk = None
+    run.machine.stop("asked to stop")
+    run.kill_worker(0)
+    run.step(1.0)
+    assert not run.member(Role.WORKER, 0).live
+    assert len(warned()) == 1
+
+
 def test_damaged_checkpoints_are_named_and_the_one_before_is_used(
     run: FakeRun, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,12 +10,13 @@ import pytest
 
 from protos.ps.v1.common_pb2 import Member
 from ps.coordinator.actions import Configure, Control
+from ps.coordinator.members import MemberState
 from ps.coordinator.run import Phase
 from ps.coordinator.since import Since
 from ps.coordinator.status import status
 from ps.coordinator.waiting import Wait
 from ps.types import Role
-from tests.support.fake_run import FakeRun, make_config
+from tests.support.fake_run import FakeRun, FakeShard, make_config
 
 
 class Deaf(FakeRun):
@@ -60,6 +61,47 @@ def test_gathering_names_the_shards_and_workers_that_have_not_come(run: Deaf) ->
     run.join_worker(5)
     run.settle(8)
     assert run.machine.phase is Phase.RUNNING
+
+
+def register_shard(run: FakeRun, index: int, life: int) -> MemberState:
+    run.machine.register(MemberState(Role.SHARD, index, life, ready=True), run.now)
+    return run.member(Role.SHARD, index)
+
+
+def test_a_shard_in_its_first_life_starts_and_what_else_is_waited_for_comes_first(run: Deaf) -> None:
+    member = register_shard(run, 0, 11)
+    run.register_worker(3)
+    run.step(2.0)
+    assert waits(run) == [
+        ("shard 1", "to come"),
+        ("worker 3", "to load its data and model"),
+        ("shard 0", "to start"),
+    ]
+    # Its session stands, and it compiles: nothing can be asked of it yet.
+    run.machine.connect(member, run.now, starting=True)
+    run.machine.seen(member, run.now, "compiling kernels")
+    run.join_shard(1)
+    run.join_worker(3)
+    run.settle(5)
+    assert waits(run) == [("shard 0", "to start; it says: compiling kernels")]
+    assert (run.machine.phase, member.live) == (Phase.GATHERING, False)
+    described = {m.member.rank: m.state for m in status(run.machine, Member(), run.now, 0.0).members[:2]}
+    assert described == {0: "starting", 1: "live"}
+    run.shards[0] = FakeShard(0, 11)
+    run.machine.started(member, run.now)
+    run.settle(8)
+    assert (run.machine.phase, member.live) == (Phase.RUNNING, True)
+
+
+def test_a_shard_that_was_live_is_to_come_back_also_in_a_new_life(run: Deaf) -> None:
+    run.everybody()
+    reach(run, 2)
+    member = register_shard(run, 1, 12)
+    run.step()
+    assert waits(run) == [("shard 1", "to come back")]
+    run.machine.connect(member, run.now, starting=True)
+    run.settle(3)
+    assert waits(run) == [("shard 1", "to come back")]
 
 
 @pytest.mark.parametrize(
@@ -145,10 +187,10 @@ def test_a_shard_that_has_not_reduced_or_applied_a_step_is_named(run: Deaf) -> N
     run.shards[1].silent = True
     run.settle(5)
     assert waits(run) == [("shard 1", "to reduce the step")]
-    run.machine.seen(run.member(Role.SHARD, 1), run.now, "step 2: 3 of 6 chunks reduced")
-    assert waits(run) == [("shard 1", "to reduce the step; it says: 3 of 6 chunks reduced")]
+    run.machine.seen(run.member(Role.SHARD, 1), run.now, "step 2: reducing 3/6")
+    assert waits(run) == [("shard 1", "to reduce the step; it says: reducing 3/6")]
     # A heartbeat that speaks of another step says nothing about this one.
-    run.machine.seen(run.member(Role.SHARD, 1), run.now, "step 1: 6 of 6 chunks reduced")
+    run.machine.seen(run.member(Role.SHARD, 1), run.now, "step 1: reducing 5/6")
     assert waits(run) == [("shard 1", "to reduce the step")]
     run.shards[1].silent = False
     run.shards[1].slow = True

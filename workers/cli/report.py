@@ -51,6 +51,13 @@ def completion(folder: RunFolder, job: JobConfig) -> str | None:
     return None
 
 
+def print_unfinished(folder: RunFolder, job: JobConfig) -> None:
+    """Print what is left of a run that was stopped, or failed, and how to go on."""
+    checkpoint = newest(job.checkpoint_dir)
+    saved = f"saved {checkpoint.name}; " if checkpoint is not None else ""
+    print(f"{saved}go on with: windlass resume {folder.path}")
+
+
 def print_result(folder: RunFolder, job: JobConfig, seconds: float) -> None:
     """Print a run's result."""
     checkpoint = newest(job.checkpoint_dir)

@@ -6,6 +6,8 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +17,10 @@ from rich.console import Console
 from ps.errors import AccessDenied, ConfigError, HandshakeFailed, PeerUnavailable, PsError, StorageError
 from ps.storage import layout
 from ps.wire.security import CLIENT, Security, load_security
+from workers.cli import report
 from workers.cli.arguments import Certificates
 from workers.launch.folder import RunFolder
-from workers.launch.metrics import Progress, Tail
+from workers.launch.metrics import Progress, Tail, last_evaluation
 from workers.launch.snapshot import Snapshot, from_message
 from workers.launch.watch import Watcher, quiet_grpc
 
@@ -48,7 +51,7 @@ def status(
 ) -> int:
     """Show what a running cluster does.
 
-    Its exit code is 1 when nothing runs there; of a run folder it then says what it holds.
+    Its exit code is 1 when nothing runs there; of a run folder it then says what it holds, or that it is complete.
     """
     place = find_place(target)
     security = load_security(certificates or place.certificates, insecure=False, role=CLIENT)
@@ -60,7 +63,11 @@ def status(
         if as_json:
             print(json.dumps({"running": False, "error": error.message, **place.last_known()}))
             return 1
-        raise
+        complete = place.completion()
+        if complete is None:
+            raise
+        print(complete)
+        return 1
     return 0
 
 
@@ -98,6 +105,9 @@ class Place:
                     "these, or is no coordinator"
                 )
             return PeerUnavailable(f"nothing answers at {self._address}; is a coordinator running there?")
+        complete = self.completion()
+        if complete is not None:
+            return PeerUnavailable(complete)
         known = self.last_known()
         saved = known["checkpoints"]
         checkpoints = f"{len(saved)} checkpoints, the newest {saved[-1]}" if saved else "no checkpoint"
@@ -129,10 +139,25 @@ class Place:
             "checkpoints": saved,
         }
 
-    @property
-    def is_finished(self) -> bool:
-        known = self.last_known()
-        return bool(known) and known["version"] >= known["steps"]
+    def completion(self) -> str | None:
+        """That the run has nothing left to do, in the words of `windlass resume`; None: it has, or nobody knows."""
+        if self._folder is None:
+            return None
+        job = self._folder.read_job().model_copy(update={"run_dir": self._folder.path})
+        with suppress(StorageError):
+            return report.completion(self._folder, job)
+        return None
+
+    def last_words(self, latest: Snapshot) -> str | None:
+        """How a run that was watched has ended; None: it goes on, or may."""
+        known = self.last_known() or {"version": latest.version, "steps": latest.steps}
+        complete = self.completion() is not None or known["version"] >= known["steps"]
+        if latest.phase != "ended" and not (latest.phase == "unreachable" and complete):
+            return None
+        evaluation = last_evaluation(self._folder.metrics) if self._folder is not None else None
+        loss = evaluation["loss"] if evaluation is not None else latest.evaluation_loss
+        held_out = f", held-out {loss:.4f}" if loss is not None else ""
+        return f"{'finished' if complete else 'ended'}: {known['version']} of {known['steps']} steps{held_out}"
 
 
 def find_place(target: str | None) -> Place:
@@ -207,14 +232,23 @@ def _watch(place: Place, security: Security, as_json: bool, every_s: float) -> i
             if latest is None or now - printed_at < every_s:
                 continue
             printed_at = now
+            words = place.last_words(latest)
+            if words is not None:
+                latest = replace(latest, phase="ended", waits=(), waiting_for="")
             if screen is not None:
                 screen.draw(lambda width, height, latest=latest: render(latest, width, height))  # type: ignore[misc]
-            else:
-                print(json.dumps(latest.as_json()) if as_json else plain_line(latest), flush=True)
-            if latest.phase == "ended" or (latest.phase == "unreachable" and place.is_finished):
-                return 0
-        raise place.not_running()
+            elif as_json:
+                print(json.dumps(latest.as_json()), flush=True)
+            elif words is None:
+                print(plain_line(latest), flush=True)
+            if words is not None:
+                break
+        else:
+            raise place.not_running()
     finally:
         if screen is not None:
             screen.close()
         watcher.close()
+    if not as_json:
+        print(words)
+    return 0

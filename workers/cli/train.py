@@ -116,7 +116,7 @@ def _launch(job: JobConfig, resume: bool) -> int:
     if end.finished:
         report.print_result(folder, job, time.monotonic() - started)
     elif folder.holds_run():
-        print(f"go on with: windlass resume {folder.path}")
+        report.print_unfinished(folder, job)
     return end.exit_code
 
 

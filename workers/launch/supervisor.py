@@ -157,7 +157,8 @@ class Supervisor:
         """The user wants it to stop: in good order the first time, at once the second time."""
         if self.phase in (Phase.STARTING, Phase.RUNNING):
             self._end = End(128 + signum, None, finished=False)
-            return self._stop(now)
+            name = "Ctrl-C" if signum is signal.SIGINT else signum.name
+            return self._stop(now, f"{name} again")
         if self.phase is Phase.ENDED:
             return []
         if self._end.error is None:
@@ -237,7 +238,7 @@ class Supervisor:
             if gone.member.role is Role.WORKER and COORDINATOR in self._alive:
                 # What was trained is worth a checkpoint, and for that no worker is needed.
                 self._end = End(1, message, finished=False)
-                return [Say(message), *self._stop(now)]
+                return [Say(message), *self._stop(now, "Ctrl-C")]
             return self._fail(now, message)
         self._due[gone.member] = now + min(LONGEST_BACKOFF_S, BACKOFF_S * 2 ** (len(deaths) - 1))
         return [Say(f"{gone}; starting it again" + (f" (its last words: {why})" if gone.code > 0 and why else ""))]
@@ -253,13 +254,13 @@ class Supervisor:
             return [Say(f"{gone} while the run was stopping; the last checkpoint may not come")]
         return []
 
-    def _stop(self, now: float) -> list[Action]:
+    def _stop(self, now: float, kills: str) -> list[Action]:
         self._due.clear()
         if COORDINATOR not in self._alive:
             return [Say("the coordinator is not running: no new checkpoint is made"), *self._terminate(now)]
         self._enter(Phase.STOPPING, now + self._stop_timeout_s)
         waits = f"stopping: waiting for the last checkpoint, for up to {self._stop_timeout_s:g} s"
-        return [Say(f"{waits}; Ctrl-C again kills at once"), Signal(COORDINATOR, signal.SIGTERM)]
+        return [Say(f"{waits}; {kills} kills at once"), Signal(COORDINATOR, signal.SIGTERM)]
 
     def _fail(self, now: float, message: str) -> list[Action]:
         self._end = End(1, message, finished=False)

@@ -5,6 +5,7 @@ Who has little room loses columns, then members that are well, but never a membe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ NAMED_WAITS = 3
 #: The column that says what a member does gets at least so much, or is left out.
 DOING_WIDTH = 18
 _GAP = "  "
+#: The step is in the head, and what a member says lags behind it by a heartbeat.
+_STEP = re.compile(r"step \d+: ")
 _STATE_STYLE = {"live": "green", "starting": "yellow", "lost": "bold red"}
 _PHASE_STYLE = {"running": "green", "ended": "dim", "unreachable": "bold red"}
 #: What a table has, in the order of need; what does not fit, or is empty, is left out.
@@ -55,7 +58,7 @@ def render(snapshot: Snapshot, width: int, height: int | None = None) -> Rendera
     shown, hidden = choose_members(snapshot, room)
     lines: list[RenderableType] = [*head, *waits, Text("")]
     if shown:
-        lines.append(_members(shown, width, f"step {snapshot.version}: "))
+        lines.append(_members(shown, width))
     if hidden:
         lines.append(Text(f"and {hidden} more, all live", style="dim"))
     return Group(*lines)
@@ -168,7 +171,11 @@ def _flow(items: Sequence[Text], width: int) -> list[Text]:
 
 
 def _waits(snapshot: Snapshot, width: int) -> list[Text]:
-    long = sorted((w for w in snapshot.waits if w.since_s >= LONG_WAIT_S), key=lambda w: -w.since_s)
+    # Who starts, in good health, is not what keeps the others.
+    long = sorted(
+        (w for w in snapshot.waits if w.since_s >= LONG_WAIT_S),
+        key=lambda w: (w.what.startswith("to start"), -w.since_s),
+    )
     lines = [Text(_wait(wait), style="yellow") for wait in long[:NAMED_WAITS]]
     if len(long) > NAMED_WAITS:
         lines[-1].append(f", and for {len(long) - NAMED_WAITS} more")
@@ -203,8 +210,8 @@ class _Column:
         return max(self.least, len(self.title), *(cell.cell_len for cell in self.cells))
 
 
-def _members(members: Sequence[MemberSnapshot], width: int, now_prefix: str) -> RenderableType:
-    columns = _columns(members, now_prefix)
+def _members(members: Sequence[MemberSnapshot], width: int) -> RenderableType:
+    columns = _columns(members)
     chosen: set[str] = set()
     free = width + len(_GAP)
     for names in _NEED:
@@ -231,8 +238,8 @@ def _members(members: Sequence[MemberSnapshot], width: int, now_prefix: str) -> 
     return table
 
 
-def _columns(members: Sequence[MemberSnapshot], now_prefix: str) -> dict[str, _Column]:
-    """All columns, from left to right; that somebody is at the open step goes without saying."""
+def _columns(members: Sequence[MemberSnapshot]) -> dict[str, _Column]:
+    """All columns, from left to right."""
 
     def spent(name: str) -> list[Text]:
         found = [member.last_contribution for member in members]
@@ -254,7 +261,7 @@ def _columns(members: Sequence[MemberSnapshot], now_prefix: str) -> dict[str, _C
         ),
         "process": _Column("process", [Text(_process(member)) for member in members]),
         "metrics": _Column("metrics", [Text(member.metrics_address) for member in members]),
-        "doing": _Column("doing", [Text(member.doing.removeprefix(now_prefix)) for member in members]),
+        "doing": _Column("doing", [Text(_STEP.sub("", member.doing)) for member in members]),
     }
 
 

@@ -52,18 +52,22 @@ class SessionRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., prepared: _Optional[_Union[_common_pb2.Prepared, _Mapping]] = ..., applied: _Optional[_Union[_common_pb2.Applied, _Mapping]] = ..., initialized: _Optional[_Union[Initialized, _Mapping]] = ..., snapshot_written: _Optional[_Union[SnapshotWritten, _Mapping]] = ..., evaluated: _Optional[_Union[Evaluated, _Mapping]] = ..., contributed: _Optional[_Union[Contributed, _Mapping]] = ..., leave: _Optional[_Union[Leave, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("member", "run")
+    __slots__ = ("member", "run", "starting")
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
+    STARTING_FIELD_NUMBER: _ClassVar[int]
     member: _common_pb2.Member
     run: str
-    def __init__(self, member: _Optional[_Union[_common_pb2.Member, _Mapping]] = ..., run: _Optional[str] = ...) -> None: ...
+    starting: bool
+    def __init__(self, member: _Optional[_Union[_common_pb2.Member, _Mapping]] = ..., run: _Optional[str] = ..., starting: bool = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("doing",)
+    __slots__ = ("doing", "starting")
     DOING_FIELD_NUMBER: _ClassVar[int]
+    STARTING_FIELD_NUMBER: _ClassVar[int]
     doing: str
-    def __init__(self, doing: _Optional[str] = ...) -> None: ...
+    starting: bool
+    def __init__(self, doing: _Optional[str] = ..., starting: bool = ...) -> None: ...
 
 class Model(_message.Message):
     __slots__ = ("table", "data_digest", "evaluation_parts")
