@@ -156,6 +156,7 @@ def join(
         job, data, session, inbox, transport, device_name or job.worker.device, incarnation
     )
     model_message.append(message)
+    session.doing("waiting for the shards")
     return Joined(worker, session, client)
 
 
