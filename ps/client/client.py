@@ -358,10 +358,10 @@ class ParameterClient:
     def _weights(self, event: Received) -> None:
         header: Any = event.header
         pulling = self._pulling
-        if pulling is None or not pulling.chunk(event.shard, header.chunk, header.applied):
-            return
         chunk = self.plan.chunks[header.chunk]
         payload = self._payload(event, chunk)
+        if payload is None or pulling is None or not pulling.chunk(event.shard, header.chunk, header.applied):
+            return
         # Weights of the next version: the step is decided, and what was pushed for it is never asked for again.
         self._drop_buffer()
         self.model = Model()
@@ -372,14 +372,17 @@ class ParameterClient:
             return
         self._note_pulled(pulling)
 
-    def _payload(self, event: Received, chunk: Chunk) -> memoryview:
-        """The weights of a chunk: in shared memory, or in the frame."""
+    def _payload(self, event: Received, chunk: Chunk) -> memoryview | None:
+        """The weights of a chunk: in shared memory, or in the frame.
+
+        None: in memory of an earlier greeting. The answer to the present one has them asked for again.
+        """
         header: Any = event.header
         if header.place < 0:
             return event.payload
         places = self._places.get(event.shard)
-        if places is None:
-            raise SharedMemoryError(f"shard {event.shard} names a place in memory that this worker does not share")
+        if places is None or not places.ready:
+            return None
         payload = places.payload(header, chunk.size * self._dtype.itemsize)
         self.links.count_shared(event.shard, len(payload))
         return payload

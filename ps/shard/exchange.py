@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ps.errors import ConflictingContribution, MalformedFrame, Refusal, StaleFence, VersionGone
 from ps.shard import metrics
 from ps.shard.engine import ShardEngine
-from ps.shard.sharing import Sharing
+from ps.shard.sharing import StreamMemory
 from ps.telemetry.metrics import LinkBytes
 from ps.types import Fence, Role
 from ps.wire import frame
@@ -53,7 +53,7 @@ class Exchange:
         self._outbox: deque[bytes] = deque()
         self._cursor: _Cursor | None = None
         self._closed = False
-        self._sharing = Sharing()
+        self._sharing = StreamMemory()
         #: Until the worker has said who it is.
         self._bytes = LinkBytes(Role.WORKER, -1)
 

@@ -14,7 +14,7 @@ from ps.wire.shared_memory import Segment
 log = logging.getLogger(__name__)
 
 
-class Sharing:
+class StreamMemory:
     """The server's side of one stream's shared memory; each greeting begins it anew.
 
     Several threads may close a stream: the caller serializes all calls but `payload`.

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 
 from protos.ps.v1 import coordinator_pb2 as pb
+from ps.client import links as links_module
 from ps.client.client import Contribution, ParameterClient
 from ps.client.links import Inbox, Lost, Received, Said, ShardLinks
+from ps.client.shared import Sharing
 from ps.sharding import Chunk, make_plan
 from ps.types import Fence, ParameterTable, TensorSpec, WireDtype
 from ps.wire import frame
@@ -165,3 +168,32 @@ def test_a_push_to_a_shard_that_hangs_ends_when_the_fence_moves() -> None:
     assert inbox.fence_moves, "only the deal was taken"
     assert inbox.get(0.0) is not None
     assert not inbox.fence_moves
+
+
+def test_a_shard_that_takes_nothing_for_long_is_greeted_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody else serves in its place, so no fence will ever come."""
+    monkeypatch.setattr(links_module, "STALL_S", 0.05)
+    closed: list[bool] = []
+    full = _Full()
+    monkeypatch.setattr(full, "close", lambda: closed.append(True))
+    ShardLinks(full, Inbox(), 0, 7).open("run", "plan", Fence(1, 1), ["nowhere:1"])
+    assert closed == [True]
+
+
+def test_weights_in_memory_of_an_earlier_greeting_are_asked_for_again() -> None:
+    """They were on their way when the worker greeted the shard anew, and name what it no longer maps."""
+    client = ParameterClient(_Recording(), Inbox(), 0, 7, TABLE, _Zeros(), Sharing.AUTO)
+    client.open("run", Fence(1, 1), make_plan(TABLE, 1).digest, ["nowhere:1"], 4, 2, WireDtype.FP16)
+    client.begin_step(5)
+    client.pull(6, 6)
+    late = Weights(applied=6, chunk=0, dtype="fp16", place=64, sequence=2)
+    client.handle(Received(0, late, memoryview(b"")))
+    assert client.model.version == -1
+    asked = kinds(client).count("pull")
+    welcome(client)
+    assert kinds(client).count("pull") == asked + 1
+    size = client.plan.chunks[0].size
+    for chunk in client.plan.chunks:
+        client.handle(Received(0, Weights(applied=6, chunk=chunk.index, dtype="fp16"), memoryview(bytes(2 * size))))
+    assert client.model.version == 6
+    client.close()
