@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ps.wire import authority
-from ps.wire.security import ROLES
+from ps.wire.security import ROLES, load_security
 from tests.support.certificates import let_expire, make
 from workers.cli.main import main
 
@@ -173,3 +173,14 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str], folder: Path, arguments
     for word in words:
         assert word in err
     assert contents(folder) == before
+
+
+def test_half_a_certificate_is_missing(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    """A crash may leave it, and nobody else would ever mend it."""
+    (folder / "worker" / "ca.pem").unlink()
+    (folder / "shard" / "key.pem").write_bytes((folder / "client" / "key.pem").read_bytes())
+    code, out, _ = run(capsys, "init", folder, "--if-missing")
+    assert code == 0
+    assert "shard, worker" in out
+    for role in ("shard", "worker", "client", "coordinator"):
+        assert load_security(folder, insecure=False, role=role).certificates is not None

@@ -199,6 +199,8 @@ def test_nothing_of_a_wrong_gradient_is_sent(bench: _Bench) -> None:
     work = bench.work(5, 0)
     with pytest.raises(GradientError, match="shape"):
         bench.client.push(work, {"w": np.ones(5, np.float32)}, 1.0)
+    with pytest.raises(GradientError, match="tokens=-1"):
+        bench.client.push(work, GRADIENTS, 1.0, tokens=-1)
     assert "push" not in bench.connection.kinds()
     assert bench.client.push(work, GRADIENTS, 1.0)
 

@@ -113,3 +113,20 @@ def test_weights_are_views_that_nobody_writes() -> None:
         np.testing.assert_array_equal(source.weights[name], value)
         with pytest.raises(ValueError, match="read-only"):
             source.weights[name][...] = 0
+
+
+def test_one_text_is_no_list_of_names() -> None:
+    values = copy_of({"w": np.zeros(3, np.float32), "b": np.zeros(3, np.float32)})
+    with pytest.raises(ConfigError, match="list of names"):
+        table_of(values, "wb")
+
+
+@pytest.mark.parametrize("name", [1, ""])
+def test_names_are_texts(name: Any) -> None:
+    with pytest.raises(ConfigError, match="is named"):
+        copy_of({name: np.zeros(3, np.float32)})
+
+
+def test_a_parameter_has_elements() -> None:
+    with pytest.raises(ConfigError, match="no elements"):
+        copy_of({"w": np.zeros((0, 3), np.float32)})

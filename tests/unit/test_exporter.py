@@ -104,3 +104,14 @@ def test_the_documented_metrics_are_the_ones_that_are_exported() -> None:
     documented = {name for line in table for name in re.findall(r"`(windlass_\w+)", line.split("|")[1])}
     assert documented == exported
     assert len(exported) > 30
+
+
+def test_an_ipv6_address_is_served() -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this host has no IPv6")
+    identify("run", Role.SHARD, 0)
+    port = serve_metrics("[::1]:0")
+    with urllib.request.urlopen(f"http://[::1]:{port}/metrics", timeout=10) as answer:
+        assert answer.status == 200
