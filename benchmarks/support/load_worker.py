@@ -19,13 +19,14 @@ from ps.client.client import ParameterClient
 from ps.client.duty import Duty
 from ps.client.grpc_transport import GrpcTransport
 from ps.client.links import Inbox, Said
+from ps.client.pusher import Contribution
+from ps.client.shared import Sharing
 from ps.config import RunConfig, from_json
 from ps.kernels.compile import warm_up_worker
 from ps.kernels.convert import decode, encode
 from ps.sharding import Chunk, make_plan
 from ps.types import ParameterTable, TensorSpec, WireDtype
 from ps.wire.session import Session
-from workers.engine.compute import Computed
 from workers.engine.worker import Worker
 
 Array = np.ndarray
@@ -68,8 +69,12 @@ class FlatArrays:
 class Ready:
     """Contributions that cost nothing."""
 
-    def contribute(self, _step: int, _contribution: int, _loss_scale: float) -> Computed:
-        return Computed(1.0, 1)
+    def __init__(self, duty: Duty) -> None:
+        self._duty = duty
+
+    def contribute(self, _step: int, contribution: int, _loss_scale: float) -> Contribution:
+        self._duty.await_weights(None)
+        return self._duty.begin_push(contribution, lambda: (1.0, 1))
 
     def evaluate(self, _part: int) -> tuple[float, int, int]:
         return 1.0, 1, 1
@@ -86,12 +91,13 @@ def main(coordinator: str, rank: int, parameters: int) -> None:
     wire = config.precision.wire
     warm_up_worker(wire)
     arrays: Any = FlatArrays(make_plan(table, config.cluster.shards).size, wire, rank)
-    client = ParameterClient(GrpcTransport(), inbox, rank, incarnation, table, arrays)
-    ready: Any = Ready()
+    client = ParameterClient(
+        GrpcTransport(), inbox, rank, incarnation, table, arrays, Sharing(os.environ.get("LAB_TRANSPORT", "grpc"))
+    )
     session.start()
     try:
         duty = Duty(session, inbox, client, config.batch.micro_batches_per_step, wire)
-        Worker(session, inbox, duty, ready).run()
+        Worker(session, inbox, duty, Ready(duty)).run()
     finally:
         client.close()
         session.close()

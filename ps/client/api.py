@@ -189,6 +189,7 @@ class Client:
                 shard refused what was pushed.
         """
         deadline = time.monotonic() + timeout_s
+        self._duty.done()
         self._take(0.0)
         while self._end is None:
             work = self._next()
@@ -226,7 +227,8 @@ class Client:
         self._duty.forget_gradient()
         self._arrays.fill(checked, work.loss_scale)
         compute_s = began - self._handed_at.get(work.contribution, began)
-        self._duty.push(work.contribution, float(loss_sum), int(tokens), compute_s)
+        report = (float(loss_sum), int(tokens))
+        self._duty.push(self._duty.begin_push(work.contribution, lambda: report), compute_s)
         return True
 
     def pull(self, version: int | None = None, timeout_s: float = 600.0) -> Mapping[str, np.ndarray]:
@@ -246,6 +248,7 @@ class Client:
             PsError: the coordinator ended the run with an error.
         """
         deadline = time.monotonic() + timeout_s
+        self._duty.done()
         if not self._is_closed:
             self._take(0.0)
         while self._end is None:
@@ -253,7 +256,7 @@ class Client:
             if dealt is not None and (version is None or version <= dealt.step):
                 if version is not None and version < dealt.step:
                     raise VersionGone(f"version {version} is no longer published; the newest is {dealt.step}")
-                if self._client.model.version == dealt.step:
+                if self._client.pulled.use(dealt.step, early=False):
                     return self._arrays.weights
                 self._duty.pull()
             wanted = "the newest version" if version is None else f"version {version}"

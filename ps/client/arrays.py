@@ -14,7 +14,7 @@ import numpy as np
 
 from ps.errors import ConfigError, GradientError, PsError
 from ps.kernels.convert import decode, encode
-from ps.sharding import Chunk, Plan
+from ps.sharding import Chunk, Plan, presence_map
 from ps.types import ParameterTable, TensorSpec, WireDtype
 
 Array = np.ndarray
@@ -136,8 +136,7 @@ class NamedArrays:
     def encode(self, chunk: Chunk, slots: int, room: Array) -> bytes:
         """Write a chunk of the gradient, divided by `slots`, into `room`; returns the presence map of its runs."""
         encode(self._gradients[chunk.start : chunk.stop], slots, self._wire, room)
-        bits = sum(1 << position for position, run in enumerate(chunk.runs) if self._touched[run.tensor])
-        return bits.to_bytes(chunk.presence_bytes, "little")
+        return presence_map(chunk, self._touched)
 
     def decode(self, chunk: Chunk, payload: Array) -> None:
         """Take over the published weights of a chunk."""

@@ -1,49 +1,38 @@
 """Push and pull: one worker's side of the step protocol, over any transport.
 
-Owned by one thread, which calls `handle` with every event of the inbox. Everything that was pushed
-can be sent again until the step is decided: `source` encodes it anew, or says that it has to be
-computed again.
+Owned by one thread, which calls `handle` with every event of the inbox; the pusher sends and the
+streams decode beside it. Everything that was pushed can be sent again until the step is decided:
+`source` encodes it anew, or the client says that it has to be computed again.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import xxhash
 
-from ps.client.ledger import Ledger, Pulling
-from ps.client.links import Inbox, Lost, Received, ShardLinks
+from ps.client.ledger import Ledger
+from ps.client.links import Arrived, Failed, Inbox, Lost, Received, ShardLinks
+from ps.client.pulled import Model, PulledModel
+from ps.client.pusher import Contribution, Pusher
 from ps.client.shared import SharedPlaces, Sharing
 from ps.client.transport import Transport
-from ps.errors import MismatchError, SharedMemoryError, StaleFence, StalePlace, VersionGone
+from ps.errors import MalformedFrame, MismatchError, SharedMemoryError, StaleFence, StalePlace, VersionGone
 from ps.sharding import Chunk, Plan, make_plan
 from ps.types import Fence, ParameterTable, WireDtype, slot_range
 from ps.wire import frame
-from ps.wire.messages import Ack, Attach, Initialize, Pull, Push, Refused, Unchanged, Weights, Welcome
+from ps.wire.messages import Ack, Attach, Initialize, Placed, Pull, Refused, Unchanged, Weights, Welcome
 
 log = logging.getLogger(__name__)
 
 Array = np.ndarray
 
 
-@dataclass(frozen=True)
-class Contribution:
-    """What rides in the header of every chunk of a contribution."""
-
-    step: int
-    index: int
-    loss_scale: float
-    #: Sum over its slots of the micro-batch's mean loss, unscaled.
-    loss_sum: float
-    tokens: int
-
-
 class Source(Protocol):
-    """Where chunks come from and go to: the worker's model."""
+    """Where chunks come from and go to: the worker's model. `encode`, `discard` and `decode` are other threads'."""
 
     def encode(self, chunk: Chunk, slots: int, room: Array) -> bytes:
         """Write a chunk of the computed gradient, divided by `slots`, into `room`; returns the presence map."""
@@ -61,14 +50,6 @@ class Source(Protocol):
         """All of a shard's initial values are sent: free what `initial` keeps between calls."""
 
 
-@dataclass
-class Model:
-    """Which weights the worker holds."""
-
-    version: int = -1
-    applied: int = -1
-
-
 class ParameterClient:
     """Pushes contributions and pulls versions."""
 
@@ -82,14 +63,15 @@ class ParameterClient:
         source: Source,
         sharing: Sharing = Sharing.NEVER,
     ) -> None:
-        self.links = ShardLinks(transport, inbox, rank, incarnation, self._offer)
+        self.links = ShardLinks(transport, inbox, rank, incarnation, self._received, self._offer)
         self._sharing = sharing
         #: What is shared with each shard since its last greeting.
         self._places: dict[int, SharedPlaces] = {}
         self._greetings = 0
         self.table = table
         self.source = source
-        self.model = Model()
+        self.pulled = PulledModel(self._drop_gradient, lambda: inbox.put(Arrived()))
+        self._pusher = Pusher(self.links, source, self._places.get, lambda error: inbox.put(Failed(error)))
         #: Contributions that were computed, are not in the buffer any more, and that a shard lacks.
         self.recompute: set[int] = set()
         #: Contributions of the step begun last that every shard holds, since the last look.
@@ -102,8 +84,13 @@ class ParameterClient:
         self._contributions = 0
         self._dtype = WireDtype.FP16
         self._ledger: Ledger | None = None
-        self._pulling: Pulling | None = None
-        self._buffered: Contribution | None = None
+        #: Chunks of the contribution that is being pushed which were not put yet.
+        self._unpushed: set[int] = set()
+
+    @property
+    def model(self) -> Model:
+        """Which weights the worker holds."""
+        return self.pulled.model
 
     @property
     def plan(self) -> Plan:
@@ -133,18 +120,19 @@ class ParameterClient:
                 "this worker's parameters: their versions of windlass differ"
             )
         self._slots, self._contributions, self._dtype = slots, contributions, dtype
+        self._pusher.wire = dtype
         self._ledger = Ledger(self._plan)
-        self._pulling = None
-        self._drop_buffer()
+        self._drop_gradient()
+        self.pulled.reset()
         self.recompute = set()
         self.completed = []
         self.initialized = None
         self._welcomed = set()
-        self.model = Model()
         self.links.open(run, self._plan.digest, fence, addresses)
 
     def close(self) -> None:
         self.links.close()
+        self._pusher.close()
         for places in self._places.values():
             places.close()
 
@@ -166,70 +154,47 @@ class ParameterClient:
         assert self._ledger is not None
         if self._ledger.step != step:
             self._ledger.begin(step)
-            self._drop_buffer()
+            self._drop_gradient()
             self.recompute = set()
             self.completed = []
 
-    def push(self, contribution: Contribution) -> None:
-        """Push a contribution whose gradient `source` holds now; it holds it until the next one."""
+    def begin_push(self, contribution: Contribution) -> None:
+        """The gradient in `source` becomes that of a contribution: from now on chunks of it may be pushed."""
         assert self._ledger is not None
-        self._buffered = contribution
+        self._pusher.hold(contribution)
         self.recompute.discard(contribution.index)
         if contribution.index not in self._ledger.unacknowledged:
             self._ledger.computed(contribution.index)
-        wanted = self._ledger.unacknowledged[contribution.index]
-        for chunk in self.plan.chunks:
-            if chunk.index in wanted:
-                self._push_chunk(contribution, chunk)
+        self._unpushed = set(self._ledger.unacknowledged[contribution.index])
 
-    def _drop_buffer(self) -> None:
-        if self._buffered is not None:
-            self._buffered = None
+    def push_chunk(self, contribution: Contribution, chunk: Chunk) -> None:
+        """A chunk of the gradient is there, and stays as it is."""
+        if chunk.index in self._unpushed:
+            self._unpushed.discard(chunk.index)
+            self._pusher.put(contribution, self._slots_of(contribution), chunk)
+
+    def push(self, contribution: Contribution) -> None:
+        """Push what has not been pushed of a contribution whose gradient `source` holds now, until the next one."""
+        if self._pusher.buffered is not contribution:
+            self.begin_push(contribution)
+        for chunk in self.plan.chunks:
+            self.push_chunk(contribution, chunk)
+
+    def _slots_of(self, contribution: Contribution) -> int:
+        return len(slot_range(contribution.index, self._contributions, self._slots))
+
+    def _drop_gradient(self) -> None:
+        if self._pusher.drop():
             self.source.discard()
 
-    def forget_buffer(self) -> None:
-        """The gradient buffer is about to be overwritten: what is missing later must be computed again."""
-        self._buffered = None
+    def forget_gradient(self) -> None:
+        """The gradient is about to be overwritten: what is missing later must be computed again.
 
-    def _push_chunk(self, contribution: Contribution, chunk: Chunk) -> None:
-        slots = len(slot_range(contribution.index, self._contributions, self._slots))
-        if self._push_shared(contribution, chunk, slots):
-            return
-        # Hash and presence map have a fixed length, so the frame is laid out before they are known.
-        blank = self._push_header(contribution, chunk, slots, bytes(8), bytes(chunk.presence_bytes))
-        draft = frame.Draft(blank.pack(), self._dtype.numpy, chunk.size)
-        present = self.source.encode(chunk, slots, draft.payload)
-        header = self._push_header(contribution, chunk, slots, xxhash.xxh3_64_digest(draft.payload.data), present)
-        draft.rewrite(header.pack())
-        self.links.send(chunk.shard, draft.data)
-
-    def _push_shared(self, contribution: Contribution, chunk: Chunk, slots: int) -> bool:
-        """Write a chunk where its shard reads it; False when it has to go as a frame."""
-        places = self._places.get(chunk.shard)
-        room = places.room(contribution.step, contribution.index, chunk) if places is not None else None
-        if places is None or room is None:
-            return False
-        place, payload = room
-        present = self.source.encode(chunk, slots, payload)
-        header = self._push_header(contribution, chunk, slots, xxhash.xxh3_64_digest(payload.data), present)
-        placed = replace(header, place=place, place_bytes=payload.nbytes, greeting=places.greeting)
-        self.links.send(chunk.shard, frame.encode(placed.pack()), payload.nbytes)
-        return True
-
-    def _push_header(self, contribution: Contribution, chunk: Chunk, slots: int, digest: bytes, present: bytes) -> Push:
-        return Push(
-            **self.links.identity(),
-            step=contribution.step,
-            contribution=contribution.index,
-            chunk=chunk.index,
-            slots=slots,
-            loss_scale=contribution.loss_scale,
-            dtype=str(self._dtype),
-            hash=digest,
-            present=present,
-            loss_sum=contribution.loss_sum,
-            tokens=contribution.tokens,
-        )
+        Raises:
+            WaitTimeout: it could not be sent before.
+        """
+        self._pusher.settle()
+        self._pusher.drop()
 
     def initialize(self) -> None:
         """Send the initial values of every chunk, to each shard once it has answered."""
@@ -248,50 +213,75 @@ class ParameterClient:
     # -- Pull -----------------------------------------------------------------------------------
 
     def pull(self, version: int, applied: int) -> None:
-        """Ask all shards for a version; `model.version` says when it is there. Idempotent.
+        """Ask all shards for a version; `pulled` says when it is there. Idempotent.
 
         Args:
             applied: the committed steps in that version; for a version that is not decided yet, one
                 more than in the present one (after a skip the answer is that nothing changed).
         """
-        if self.model.version == version or (self._pulling is not None and self._pulling.version == version):
-            return
-        self._pulling = Pulling(self.plan, version, self.model.applied, applied)
-        for shard in sorted(self._welcomed):
-            self._ask(shard)
+        if self.pulled.ask(self.plan, version, applied):
+            for shard in sorted(self._welcomed):
+                self._ask(shard)
 
     def _ask(self, shard: int) -> None:
-        assert self._pulling is not None
-        pull = Pull(**self.links.identity(), version=self._pulling.version, applied=self._pulling.held)
-        self.links.send(shard, frame.encode(pull.pack()))
+        wanted = self.pulled.pulling_of(shard)
+        if wanted is not None:
+            version, held = wanted
+            pull = Pull(**self.links.identity(), version=version, applied=held)
+            self.links.send(shard, frame.encode(pull.pack()))
 
-    @property
-    def is_torn(self) -> bool:
-        """Weights of the next version are arriving: the open step is decided, the model cannot be used."""
-        return self._pulling is not None and self._pulling.torn
+    def _received(
+        self, shard: int, header: Weights | Placed, payload: memoryview, is_alive: Callable[[], bool]
+    ) -> None:
+        """Take weights; called in the threads of the streams."""
+        if isinstance(header, Weights):
+            chunk = self._chunk(shard, header.chunk)
+            weights = np.frombuffer(payload, self._dtype.numpy)
 
-    @property
-    def is_waiting(self) -> bool:
-        """A version was asked for and nothing of it has come."""
-        return self._pulling is not None and self._pulling.untouched
+            def write() -> bool:
+                self.source.decode(chunk, weights)
+                return True
+
+            self.pulled.take(shard, chunk.index, header.applied, is_alive, write)
+            return
+        for index, place, sequence in header.chunks:
+            places = self._places.get(shard)
+            chunk = self._chunk(shard, index)
+            published = places.published(chunk, place, sequence) if places is not None else None
+            if published is None:
+                # Of an earlier greeting: the answer to the present one has them asked for again.
+                return
+
+            def write_shared(chunk: Chunk = chunk, published: Any = published) -> bool:
+                self.source.decode(chunk, published.weights)
+                if not published.intact:
+                    log.info("chunk %d was written anew while it was read: its version is gone", chunk.index)
+                return bool(published.intact)
+
+            self.pulled.take(shard, index, header.applied, is_alive, write_shared)
+            self.links.count_shared(shard, chunk.size * self._dtype.itemsize)
+
+    def _chunk(self, shard: int, index: int) -> Chunk:
+        if not 0 <= index < len(self.plan.chunks) or self.plan.chunks[index].shard != shard:
+            raise MalformedFrame(f"shard {shard} sent weights of chunk {index}, which is not its own")
+        return self.plan.chunks[index]
 
     # -- Events ---------------------------------------------------------------------------------
 
-    def handle(self, event: Received | Lost) -> None:
+    def handle(self, event: Received | Lost | Arrived | Failed) -> None:
         """Take one event of a shard.
 
         Raises:
             Refusal: a shard refused a frame for a reason that sending it again cannot mend.
         """
+        if isinstance(event, Failed):
+            raise event.error
         if isinstance(event, Lost):
             log.info("lost shard %d: %s", event.shard, event.reason)
             if self.links.lost(event):
                 self._welcomed.discard(event.shard)
-            return
-        try:
+        elif isinstance(event, Received):
             _HANDLERS[type(event.header)](self, event)
-        finally:
-            self.links.done(event)
 
     def _welcome(self, event: Received) -> None:
         header: Any = event.header
@@ -302,8 +292,7 @@ class ParameterClient:
         self._welcomed.add(event.shard)
         if self.initialized is not None:
             self._initialize_shard(event.shard)
-        if self._pulling is not None and self._pulling.remaining[event.shard]:
-            self._ask(event.shard)
+        self._ask(event.shard)
         if header.step != self._ledger.step:
             return
         held = {contribution: _chunks(bitmap, self.plan, event.shard) for contribution, bitmap in header.held}
@@ -331,12 +320,14 @@ class ParameterClient:
             self.links.send(shard, frame.encode(Attach(**self.links.identity(), nonce=nonce).pack()))
 
     def _push_again(self, contribution: int, chunks: list[int]) -> None:
-        buffered = self._buffered
+        buffered = self._pusher.buffered
         if buffered is None or buffered.index != contribution:
             self.recompute.add(contribution)
             return
         for index in chunks:
-            self._push_chunk(buffered, self.plan.chunks[index])
+            # What is not pushed yet will be, when it is there.
+            if index not in self._unpushed:
+                self._pusher.put(buffered, self._slots_of(buffered), self.plan.chunks[index])
 
     def _ack(self, event: Received) -> None:
         header: Any = event.header
@@ -345,7 +336,7 @@ class ParameterClient:
                 self.initialized.add(header.chunk)
                 if len(self.initialized) == len(self.plan.chunks):
                     self.initialized = None
-        elif self._ledger is not None and self._ledger.acknowledged(header.step, header.contribution, header.chunk):
+        elif self._ledger is not None and self._ledger.acknowledged(header.step, header.contribution, event.shard):
             self._note_complete(header.contribution)
 
     def _note_complete(self, contribution: int) -> None:
@@ -355,48 +346,9 @@ class ParameterClient:
             if contribution not in self.completed:
                 self.completed.append(contribution)
 
-    def _weights(self, event: Received) -> None:
-        header: Any = event.header
-        pulling = self._pulling
-        chunk = self.plan.chunks[header.chunk]
-        payload = self._payload(event, chunk)
-        if payload is None or pulling is None or not pulling.chunk(event.shard, header.chunk, header.applied):
-            return
-        # Weights of the next version: the step is decided, and what was pushed for it is never asked for again.
-        self._drop_buffer()
-        self.model = Model()
-        self.source.decode(chunk, np.frombuffer(payload, self._dtype.numpy))
-        if header.place >= 0 and not self._places[event.shard].intact(header):
-            log.info("chunk %d was written anew while it was read: its version is gone", chunk.index)
-            self._pulling = None
-            return
-        self._note_pulled(pulling)
-
-    def _payload(self, event: Received, chunk: Chunk) -> memoryview | None:
-        """The weights of a chunk: in shared memory, or in the frame.
-
-        None: in memory of an earlier greeting. The answer to the present one has them asked for again.
-        """
-        header: Any = event.header
-        if header.place < 0:
-            return event.payload
-        places = self._places.get(event.shard)
-        if places is None or not places.ready:
-            return None
-        payload = places.payload(header, chunk.size * self._dtype.itemsize)
-        self.links.count_shared(event.shard, len(payload))
-        return payload
-
     def _unchanged(self, event: Received) -> None:
         header: Any = event.header
-        pulling = self._pulling
-        if pulling is not None and header.version == pulling.version and pulling.same(event.shard, header.applied):
-            self._note_pulled(pulling)
-
-    def _note_pulled(self, pulling: Pulling) -> None:
-        if pulling.complete:
-            self.model = Model(pulling.version, pulling.applied if pulling.started else pulling.held)
-            self._pulling = None
+        self.pulled.unchanged(event.shard, header.version, header.applied)
 
     def _refused(self, event: Received) -> None:
         header: Any = event.header
@@ -405,7 +357,7 @@ class ParameterClient:
             log.info("shard %d moved on: %s", event.shard, error.message)
         elif isinstance(error, VersionGone):
             # The next deal names a newer version.
-            self._pulling = None
+            self.pulled.forget_pull()
         elif error.retry:
             # Greeting the shard again shows what is to be done.
             log.info("shard %d: %s", event.shard, error.message)
@@ -418,7 +370,6 @@ class ParameterClient:
 _HANDLERS: dict[type, Callable[[ParameterClient, Received], None]] = {
     Welcome: ParameterClient._welcome,
     Ack: ParameterClient._ack,
-    Weights: ParameterClient._weights,
     Unchanged: ParameterClient._unchanged,
     Refused: ParameterClient._refused,
 }

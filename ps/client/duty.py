@@ -8,17 +8,27 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from protos.ps.v1 import coordinator_pb2 as pb
-from ps.client.client import Contribution, ParameterClient
+from ps.client.client import ParameterClient
 from ps.client.links import Inbox, Said
+from ps.client.pusher import Contribution
+from ps.sharding import Chunk
 from ps.telemetry import logs, metrics
 from ps.types import Fence, WireDtype
 from ps.wire.proto import from_proto, to_proto
 from ps.wire.session import Session
 
 log = logging.getLogger(__name__)
+
+#: How often whoever waits for weights looks whether they are still wanted.
+AWAIT_POLL_S = 0.02
+
+
+class Interrupted(Exception):
+    """What is being computed is not wanted any more; `Duty` knows what is."""
 
 
 @dataclass
@@ -51,16 +61,27 @@ class Spent:
 class Duty:
     """A worker's side of a run, between its session, its shards and whoever computes. Owned by one thread."""
 
-    def __init__(self, session: Session, inbox: Inbox, client: ParameterClient, slots: int, wire: WireDtype) -> None:
+    def __init__(
+        self,
+        session: Session,
+        inbox: Inbox,
+        client: ParameterClient,
+        slots: int,
+        wire: WireDtype,
+        *,
+        layerwise: bool = False,
+    ) -> None:
         """
         Args:
             slots: G, micro-batches in a step.
+            layerwise: whoever computes waits for the weights of each layer, by `await_weights`.
         """
         self._session = session
         self._inbox = inbox
         self._client = client
         self._slots = slots
         self._wire = wire
+        self._layerwise = layerwise
         self.fence: Fence | None = None
         self.contributions = 0
         self.dealt: Dealt | None = None
@@ -71,6 +92,7 @@ class Duty:
         self._asked_at: float | None = None
         self._arrived_at: float | None = None
         self._pull_s = self._wait_s = 0.0
+        self._waited_s = 0.0
 
     # -- Events ---------------------------------------------------------------------------------
 
@@ -161,17 +183,56 @@ class Duty:
     # -- Work -----------------------------------------------------------------------------------
 
     def ready(self) -> Dealt | None:
-        """What can be done now, with the weights there; asks for the weights if only they are missing."""
+        """What can be done now; its weights stay as they are until `done`. Asks for them if only they are missing.
+
+        Where layers are waited for one by one (`await_weights`) the first weights are enough.
+        """
         dealt = self.dealt
-        if dealt is None or self._client.is_torn:
-            return None
-        if self._client.model.version != dealt.step:
-            if dealt.pending or dealt.evaluate:
-                self.pull()
+        if dealt is None:
             return None
         dealt.pending[:0] = sorted(self._client.recompute.difference(dealt.pending))
         self._client.recompute.clear()
-        return dealt if dealt.pending or dealt.evaluate else None
+        if not dealt.pending and not dealt.evaluate:
+            return None
+        if self._client.pulled.use(dealt.step, early=self._layerwise):
+            return dealt
+        if not self._client.pulled.is_torn:
+            self.pull()
+        return None
+
+    def done(self) -> None:
+        """Nothing is computed with the weights any more: the next ones may come."""
+        self._client.pulled.done()
+
+    def await_weights(self, chunks: Sequence[Chunk] | None) -> None:
+        """Wait until weights of the open step are there, taking events meanwhile.
+
+        Args:
+            chunks: those that are needed; None: all.
+
+        Raises:
+            Interrupted: they do not come, or nobody wants what would be computed with them.
+            PsError: a shard refused what it was sent.
+        """
+        dealt, fences = self.dealt, self.fences
+        assert dealt is not None, "there is an open step"
+        needed = None if chunks is None else [(chunk.shard, chunk.index) for chunk in chunks]
+        pulled = self._client.pulled
+        if pulled.has(dealt.step, needed):
+            return
+        began = time.monotonic()
+        while not pulled.has(dealt.step, needed, AWAIT_POLL_S):
+            self.take(0.0)
+            if self.end is not None or self.fences != fences or self.dealt is not dealt or not pulled.comes(dealt.step):
+                raise Interrupted(f"step {dealt.step}: its weights do not come any more")
+        waited_s = time.monotonic() - began
+        self._pull_s += waited_s
+        self._waited_s += waited_s
+
+    def waited(self) -> float:
+        """The seconds that `await_weights` took since the last call."""
+        waited_s, self._waited_s = self._waited_s, 0.0
+        return waited_s
 
     def pull(self) -> None:
         """Ask for the weights of the open step."""
@@ -190,7 +251,7 @@ class Duty:
         return self._pull_s
 
     def _note_arrival(self) -> None:
-        if self._asked_at is not None and self._arrived_at is None and not self._client.is_waiting:
+        if self._asked_at is not None and self._arrived_at is None and not self._client.pulled.is_waiting:
             self._arrived_at = time.monotonic()
             self._wait_s = self._arrived_at - self._asked_at
 
@@ -200,15 +261,35 @@ class Duty:
         self._session.doing(f"step {self.dealt.step}: {what}")
 
     def forget_gradient(self) -> None:
-        """The gradient's memory is about to be overwritten."""
-        self._client.forget_buffer()
+        """The gradient's memory is about to be overwritten.
 
-    def push(self, contribution: int, loss_sum: float, tokens: int, compute_s: float) -> Spent:
-        """Push a contribution of the open step, whose gradient the client's source holds now."""
+        Raises:
+            WaitTimeout: what was pushed before could not be sent.
+        """
+        self._client.forget_gradient()
+
+    def begin_push(self, contribution: int, report: Callable[[], tuple[float, int]]) -> Contribution:
+        """Chunks of a contribution of the open step are about to be ready.
+
+        Args:
+            report: as in `Contribution`.
+        """
         dealt = self.dealt
         assert dealt is not None, "there is an open step"
+        begun = Contribution(dealt.step, contribution, dealt.loss_scale, report)
+        self._client.begin_push(begun)
+        return begun
+
+    def push_chunk(self, contribution: Contribution, chunk: Chunk) -> None:
+        """A chunk is ready: nothing of its gradient changes any more."""
+        self._client.push_chunk(contribution, chunk)
+
+    def push(self, begun: Contribution, compute_s: float) -> Spent:
+        """Push what is left of a contribution, whose gradient the client's source holds now."""
+        dealt, contribution = self.dealt, begun.index
+        assert dealt is not None, "there is an open step"
         began = time.monotonic()
-        self._client.push(Contribution(dealt.step, contribution, dealt.loss_scale, loss_sum, tokens))
+        self._client.push(begun)
         before = self._spent.get(contribution, Spent(pull_s=self._pull_s, wait_s=self._wait_s))
         spent = Spent(compute_s, time.monotonic() - began, before.pull_s, before.wait_s)
         self._spent[contribution] = spent

@@ -52,6 +52,10 @@ class GrpcConnection:
             return self._closed.is_set()
         return True
 
+    @property
+    def has_room(self) -> bool:
+        return not self._outgoing.full()
+
     def close(self) -> None:
         self._closed.set()
         self._call.cancel()

@@ -65,6 +65,10 @@ class InProcessConnection:
                 self._stream.receive(frame)
         return True
 
+    @property
+    def has_room(self) -> bool:
+        return True
+
     def close(self) -> None:
         if not self._closed.is_set():
             self._reason = "the stream was closed on this side"

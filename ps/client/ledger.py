@@ -13,7 +13,7 @@ class Ledger:
 
     plan: Plan
     step: int = -1
-    #: Chunks that no shard has acknowledged yet, by contribution.
+    #: Chunks whose shard has not acknowledged the contribution, by contribution.
     unacknowledged: dict[int, set[int]] = field(default_factory=dict)
 
     def begin(self, step: int) -> None:
@@ -25,12 +25,12 @@ class Ledger:
         """A contribution is about to be pushed."""
         self.unacknowledged[contribution] = {chunk.index for chunk in self.plan.chunks}
 
-    def acknowledged(self, step: int, contribution: int, chunk: int) -> bool:
-        """A shard holds a chunk; True when it was the contribution's last."""
+    def acknowledged(self, step: int, contribution: int, shard: int) -> bool:
+        """A shard holds all of its chunks; True when it was the last shard."""
         missing = self.unacknowledged.get(contribution)
-        if step != self.step or missing is None or chunk not in missing:
+        if step != self.step or not missing:
             return False
-        missing.discard(chunk)
+        missing.difference_update(chunk.index for chunk in self.plan.chunks_of(shard))
         return not missing
 
     def complete(self, contribution: int) -> bool:
@@ -52,53 +52,3 @@ class Ledger:
             if absent:
                 lacking[contribution] = absent
         return lacking
-
-
-@dataclass
-class Pulling:
-    """One version on its way into the model."""
-
-    plan: Plan
-    version: int
-    #: Committed steps in the weights that the model had before.
-    held: int
-    #: Committed steps in new weights; chunks of an earlier pull, still on their way, have others.
-    applied: int
-    #: Some chunks are new already.
-    started: bool = False
-    #: Chunks that have not come, by shard.
-    remaining: dict[int, set[int]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.remaining = {
-            shard: {chunk.index for chunk in self.plan.chunks_of(shard)} for shard in range(self.plan.num_shards)
-        }
-
-    @property
-    def complete(self) -> bool:
-        return not any(self.remaining.values())
-
-    @property
-    def untouched(self) -> bool:
-        """No shard has answered."""
-        return not self.started and sum(map(len, self.remaining.values())) == len(self.plan.chunks)
-
-    @property
-    def torn(self) -> bool:
-        """Some chunks are new and some are not: the model must not be used."""
-        return self.started and not self.complete
-
-    def chunk(self, shard: int, chunk: int, applied: int) -> bool:
-        """A chunk has come; False when it is not of the version that was asked for."""
-        if applied != self.applied:
-            return False
-        self.started = True
-        self.remaining[shard].discard(chunk)
-        return True
-
-    def same(self, shard: int, applied: int) -> bool:
-        """A shard says that nothing changed; False when another one sent new weights."""
-        if applied != self.held or self.started:
-            return False
-        self.remaining[shard] = set()
-        return True

@@ -1,6 +1,7 @@
 """The streams of one worker to all shards: opened, greeted, reopened when they break.
 
-Everything that happens is an event in one inbox; the owner's single thread takes them one by one.
+What happens is an event in one inbox, and the owner's single thread takes them one by one; but weights
+go to a sink in the thread of their stream, which is kept waiting while the sink has no use for them.
 """
 
 from __future__ import annotations
@@ -18,12 +19,10 @@ from ps.errors import MalformedFrame
 from ps.telemetry.metrics import LinkBytes
 from ps.types import Fence, Role
 from ps.wire import frame
-from ps.wire.messages import Header, Hello, Weights, parse_to_worker
+from ps.wire.messages import Header, Hello, Placed, Weights, parse_to_worker
 
 log = logging.getLogger(__name__)
 
-#: Received chunks of one shard that may wait in the inbox, next to the one that its reader holds already.
-RECEIVE_WINDOW = 1
 #: How often a blocked `send` looks whether the fence has moved.
 SEND_POLL_S = 0.1
 #: A shard that takes no frame for so long hangs: its stream is given up, and it is greeted again.
@@ -38,7 +37,6 @@ class Received:
 
     shard: int
     header: Header
-    payload: memoryview
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,22 @@ class Said:
         return self.message.WhichOneof("event") in ("cluster", "end")
 
 
-Event = Received | Lost | Said
+@dataclass(frozen=True)
+class Arrived:
+    """Weights have come that somebody may wait for."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A thread of the client could not go on."""
+
+    error: BaseException
+
+
+Event = Received | Lost | Said | Arrived | Failed
+
+#: Takes weights: the shard, the header, the payload, and whether the stream is still the present one.
+Sink = Callable[[int, Weights | Placed, memoryview, Callable[[], bool]], None]
 
 
 class Inbox:
@@ -108,7 +121,6 @@ class _Link:
     attempts: int = 0
     #: When to greet again, by the monotonic clock; None: nothing is due.
     retry_at: float | None = None
-    window: threading.Semaphore | None = None
 
 
 class ShardLinks:
@@ -120,12 +132,15 @@ class ShardLinks:
         inbox: Inbox,
         rank: int,
         incarnation: int,
+        sink: Sink = lambda *_: None,
         offer: Callable[[int], dict[str, Any]] = lambda _: {},
     ) -> None:
         """
         Args:
+            sink: takes weights, in the threads of their streams.
             offer: fields of a shard's greeting that offer it more than frames.
         """
+        self._sink = sink
         self._offer = offer
         self._transport = transport
         self._inbox = inbox
@@ -177,27 +192,27 @@ class ShardLinks:
             shared_bytes: of the payload, where it is in shared memory.
         """
         link = self._links[shard]
-        if link.connection is None:
+        connection = link.connection
+        if connection is None:
             return
         link.bytes.sent.inc(len(encoded) + shared_bytes)
         give_up_at = time.monotonic() + STALL_S
-        while not link.connection.send(encoded, SEND_POLL_S):
+        while not connection.send(encoded, SEND_POLL_S):
             if self._inbox.fence_moves:
                 return
             if time.monotonic() > give_up_at:
                 log.warning("shard %d has taken nothing for %.0f s: its stream is opened anew", shard, STALL_S)
-                link.connection.close()
+                connection.close()
                 return
 
     def count_shared(self, shard: int, num_bytes: int) -> None:
         """A payload was received through shared memory."""
         self._links[shard].bytes.received.inc(num_bytes)
 
-    def done(self, received: Received) -> None:
-        """A received chunk has been used: the next one may be read."""
-        window = self._links[received.shard].window
-        if window is not None and isinstance(received.header, Weights) and received.payload:
-            window.release()
+    def has_room(self, shard: int) -> bool:
+        """Whether `send` would not wait."""
+        connection = self._links[shard].connection
+        return connection is None or connection.has_room
 
     def retry(self, shard: int) -> None:
         """Greet a shard again, soon: it could not serve, or the stream broke."""
@@ -240,7 +255,9 @@ class ShardLinks:
     def _connect(self, shard: int, link: _Link) -> None:
         link.life += 1
         life = link.life
-        link.window = window = threading.Semaphore(RECEIVE_WINDOW)
+
+        def is_alive() -> bool:
+            return link.life == life
 
         def on_frame(data: bytes) -> None:
             link.bytes.received.inc(len(data))
@@ -250,18 +267,24 @@ class ShardLinks:
             except MalformedFrame as error:
                 # What is lost with it is not known: the stream begins anew.
                 log.error("shard %d sent what is not a frame, and its stream is closed: %s", shard, error.message)
-                if link.life == life and link.connection is not None:
+                if is_alive() and link.connection is not None:
                     link.connection.close()
                 return
-            if isinstance(header, Weights) and payload:
-                while not window.acquire(timeout=1.0):
-                    if link.life != life:
-                        return
-            if link.life == life:
-                self._inbox.put(Received(shard, header, payload))
+            if not is_alive():
+                return
+            if isinstance(header, Weights | Placed):
+                self._receive(shard, header, payload, is_alive)
+            else:
+                self._inbox.put(Received(shard, header))
 
         def on_close(reason: str) -> None:
-            if link.life == life:
+            if is_alive():
                 self._inbox.put(Lost(shard, reason, life))
 
         link.connection = self._transport.connect(link.address, on_frame, on_close)
+
+    def _receive(self, shard: int, header: Weights | Placed, payload: memoryview, is_alive: Callable[[], bool]) -> None:
+        try:
+            self._sink(shard, header, payload, is_alive)
+        except Exception as error:  # noqa: BLE001 - the owner's thread raises it
+            self._inbox.put(Failed(error))

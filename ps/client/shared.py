@@ -11,6 +11,8 @@ an earlier one is never written to again.
 from __future__ import annotations
 
 import logging
+import threading
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -19,7 +21,7 @@ import numpy as np
 from ps.errors import SharedMemoryError
 from ps.sharding import Chunk, Plan
 from ps.types import WireDtype
-from ps.wire.messages import Weights, Welcome
+from ps.wire.messages import Welcome
 from ps.wire.shared_memory import Segment
 
 log = logging.getLogger(__name__)
@@ -33,8 +35,23 @@ class Sharing(StrEnum):
     ALWAYS = "shm"
 
 
+@dataclass(frozen=True)
+class Published:
+    """Weights in a shard's memory, which it may write anew."""
+
+    #: Wire dtype [chunk.size].
+    weights: np.ndarray
+    _sequence: np.ndarray
+    _expected: int
+
+    @property
+    def intact(self) -> bool:
+        """Whether they still are what the shard told of: asked after they were read."""
+        return int(self._sequence[0]) == self._expected
+
+
 class SharedPlaces:
-    """One greeting's shared memory with one shard. Owned by the client's thread; `payload` is any thread's."""
+    """One greeting's shared memory with one shard. The client's thread opens and closes; the rest is any thread's."""
 
     def __init__(self, plan: Plan, shard: int, dtype: WireDtype, contributions: int, greeting: int) -> None:
         self.greeting = greeting
@@ -54,6 +71,8 @@ class SharedPlaces:
         self._written: set[tuple[int, int]] = set()
         self._published: Segment | None = None
         self._gradients: Segment | None = None
+        #: A descriptor that is closed while memory is claimed through it may be another file's by then.
+        self._lock = threading.Lock()
         try:
             self._gradients = Segment.create(position * contributions)
         except SharedMemoryError as error:
@@ -100,13 +119,18 @@ class SharedPlaces:
 
     def close(self) -> None:
         """Go on with frames."""
-        for segment in (self._gradients, self._published):
-            if segment is not None:
-                segment.close()
-        self._gradients = self._published = None
+        with self._lock:
+            for segment in (self._gradients, self._published):
+                if segment is not None:
+                    segment.close()
+            self._gradients = self._published = None
 
     def room(self, step: int, contribution: int, chunk: Chunk) -> tuple[int, np.ndarray] | None:
         """A place for a chunk of a contribution: its first byte and its elements; None: it has to go as a frame."""
+        with self._lock:
+            return self._room(step, contribution, chunk)
+
+    def _room(self, step: int, contribution: int, chunk: Chunk) -> tuple[int, np.ndarray] | None:
         gradients = self._gradients
         if gradients is None or self._published is None:
             return None
@@ -130,20 +154,15 @@ class SharedPlaces:
         place = lane * self._lane_bytes + self._offsets[chunk.index]
         return place, gradients.array(self._dtype.numpy, place, chunk.size)
 
-    def payload(self, header: Weights, num_bytes: int) -> memoryview:
-        """The published weights that a frame names.
+    def published(self, chunk: Chunk, place: int, sequence: int) -> Published | None:
+        """The published weights that a shard has told of; None: nothing is shared (any more).
 
         Raises:
-            SharedMemoryError: nothing is shared, or the place is not in it.
+            SharedMemoryError: the place is not in what it shares.
         """
-        if self._published is None:
-            raise SharedMemoryError("the shard names a place in memory that it does not share")
-        return self._published.view(header.place, num_bytes)
-
-    def intact(self, header: Weights) -> bool:
-        """Whether a place still holds what the frame announced: asked after it was read."""
-        if self._published is None:
-            return False
-        position = self._positions[header.chunk]
-        sequences = self._published.array(np.dtype(np.int64), 0, position + 1)
-        return int(sequences[position]) == header.sequence
+        segment = self._published
+        if segment is None:
+            return None
+        weights = segment.array(self._dtype.numpy, place, chunk.size)
+        position = self._positions[chunk.index]
+        return Published(weights, segment.array(np.dtype(np.int64), 0, position + 1)[position:], sequence)

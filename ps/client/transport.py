@@ -26,6 +26,10 @@ class Connection(Protocol):
             False when there was no room in time: the frame is not queued.
         """
 
+    @property
+    def has_room(self) -> bool:
+        """Whether `send` would not wait."""
+
     def close(self) -> None:
         """End the stream; `on_close` is called if it was not yet. Idempotent."""
 

@@ -110,7 +110,7 @@ class ShardApp:
             if engine is None:
                 self._session.doing(NO_PLAN)
                 continue
-            with engine.changed:
+            with engine.lock:
                 self._session.doing(describe(engine.protocol, len(engine.chunks)))
             engine.resend()
             if engine.has_state and engine.protocol.serving:

@@ -1,7 +1,7 @@
 """One shard at work: the step protocol, its kernels on a pool of threads, and what waits for them.
 
-Every change of the protocol's state happens under one lock; kernels run outside of it. Streams
-wait on `changed`, which is notified whenever a chunk is published or the fence moves.
+Every change of the protocol's state happens under one lock; kernels run outside of it. Streams that
+wait for something to send are woken whenever a chunk is published or the fence moves.
 """
 
 from __future__ import annotations
@@ -70,8 +70,10 @@ class ShardEngine:
         self.protocol = StepProtocol(self.plan, shard, shape)
         self.store = Store(self.chunks, Update(config.optimizer, dtype), dtype)
         self.outbox = Outbox()
-        #: Guards the protocol; notified when a stream may have something to send.
-        self.changed = threading.Condition()
+        #: Guards the protocol.
+        self.lock = threading.RLock()
+        #: Streams that wait for weights; each has a condition over `lock`.
+        self.waiting: set[threading.Condition] = set()
         self.has_state = False
         #: A checkpoint is in place, and becomes the state when the coordinator says so.
         self._loaded = False
@@ -90,12 +92,18 @@ class ShardEngine:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._await_snapshots(0)
 
+    def _wake(self) -> None:
+        """Weights may have come that a stream waits for; called with the lock held."""
+        for stream in self.waiting:
+            stream.notify()
+        self.waiting.clear()
+
     # -- Control --------------------------------------------------------------------------------
 
     def adopt(self, fence: Fence) -> None:
-        with self.changed:
+        with self.lock:
             self.protocol.adopt(fence)
-            self.changed.notify_all()
+            self._wake()
 
     def load(self, fence: Fence, checkpoint: Path | None, manifest_sha256: str) -> None:
         """Forget everything and take the state of a checkpoint, or await initial values.
@@ -108,20 +116,20 @@ class ShardEngine:
             MismatchError: it is not the coordinator's, or another model's.
             WaitTimeout: kernels are still at work.
         """
-        with self.changed:
+        with self.lock:
             self.protocol.adopt(fence)
             self.protocol.close()
             self.has_state = self._loaded = False
             self._prepared = self._last_applied = None
-            self.changed.notify_all()
+            self._wake()
         self._quiesce()
-        with self.changed:
+        with self.lock:
             # Only now: the snapshots that were waited for have just put theirs here.
             self._results = {}
             self._asked_again.clear()
         self.store.clear()
         if checkpoint is None:
-            with self.changed:
+            with self.lock:
                 self.protocol.await_initial_values()
             return
         manifest, digest = read_manifest(checkpoint)
@@ -136,7 +144,7 @@ class ShardEngine:
                     reader.read(name, chunk.start, array)
         for chunk in self.chunks:
             self.store.published[chunk.index] = self.store.encode(chunk, manifest.version, manifest.applied)
-        with self.changed:
+        with self.lock:
             self.protocol.restored(manifest.version, manifest.applied, manifest.scaler.scale)
             self._loaded = True
         log.info("loaded version %d from %s", manifest.version, checkpoint)
@@ -167,7 +175,7 @@ class ShardEngine:
 
     def serve(self, fence: Fence, step: int, applied: int, loss_scale: float) -> None:
         """Open for workers under this fence."""
-        with self.changed:
+        with self.lock:
             self.protocol.adopt(fence)
             self.protocol.serve(step, applied, loss_scale)
             if self._loaded:
@@ -175,7 +183,7 @@ class ShardEngine:
             if self._prepared is not None:
                 self._prepared = None
             self._report_if_prepared()
-            self.changed.notify_all()
+            self._wake()
 
     # -- Frames ---------------------------------------------------------------------------------
 
@@ -185,18 +193,20 @@ class ShardEngine:
         Raises:
             SharedMemoryError: there is none, or not enough.
         """
-        with self.changed:
+        with self.lock:
             return self.store.publication.share()
 
-    def push(self, header: Push, payload: memoryview) -> Accepted:
+    def push(self, header: Push, payload: memoryview, *, shared: bool = False) -> Accepted:
         """Take one chunk of a contribution.
+
+        Args:
+            shared: the payload is in shared memory: there is no way on which it could have been damaged.
 
         Raises:
             Refusal: by name; nothing has changed.
         """
-        # In shared memory nothing is damaged on its way: there is none.
-        payload_hash = header.hash if header.place >= 0 else xxhash.xxh3_64_digest(payload)
-        with self.changed:
+        payload_hash = header.hash if shared else xxhash.xxh3_64_digest(payload)
+        with self.lock:
             accepted = self.protocol.push(header, payload, payload_hash)
             if accepted.conflicting:
                 metrics.CONFLICTS.inc()
@@ -218,7 +228,7 @@ class ShardEngine:
             Refusal: by name; nothing has changed.
         """
         payload_hash = xxhash.xxh3_64_digest(payload)
-        with self.changed:
+        with self.lock:
             chunk, new = self.protocol.initialize(header, payload, payload_hash)
             if not new:
                 return True
@@ -227,14 +237,14 @@ class ShardEngine:
             if self.protocol.initialized(chunk):
                 self.has_state = True
                 self.outbox.initialized(self.protocol.fence, self.shard)
-            self.changed.notify_all()
+            self._wake()
         return False
 
     # -- Decisions ------------------------------------------------------------------------------
 
     def decide(self, decision: Decision) -> None:
         """Carry out a decision; hearing it again only repeats the acknowledgement."""
-        with self.changed:
+        with self.lock:
             before = self.protocol.step
             chunks = self.protocol.decide(decision)
             if decision.step < before:
@@ -257,7 +267,7 @@ class ShardEngine:
         self._await_snapshots(MAX_SNAPSHOTS)
         for snapshot in self._snapshots:
             snapshot.protect(chunk)
-        with self.changed:
+        with self.lock:
             if self.protocol.deciding is not decision:
                 return
             present = self.protocol.present(chunk)
@@ -265,11 +275,11 @@ class ShardEngine:
         with metrics.APPLY_SECONDS.time():
             published = self.store.apply(chunk, present, decision)
         metrics.APPLIED_ELEMENTS.inc(chunk.size)
-        with self.changed:
+        with self.lock:
             self.store.published[chunk.index] = published
             if self.protocol.published(chunk):
                 self._close_step(decision)
-            self.changed.notify_all()
+            self._wake()
 
     def _close_step(self, decision: Decision) -> None:
         """The decision is carried out; called with the lock held."""
@@ -280,11 +290,11 @@ class ShardEngine:
             self.snapshot(decision.version)
         self._last_applied = Applied(self.protocol.fence, decision.step, self.shard, self.store.state_hash)
         self.outbox.applied(self._last_applied)
-        self.changed.notify_all()
+        self._wake()
 
     def resend(self) -> None:
         """Tell the coordinator again what it may not have heard."""
-        with self.changed:
+        with self.lock:
             if self._last_applied is not None and self._last_applied.fence == self.protocol.fence:
                 self.outbox.applied(self._last_applied)
             if self._prepared is not None:
@@ -295,7 +305,7 @@ class ShardEngine:
     def resend_all(self) -> None:
         """After a new connection: everything, snapshots too."""
         self.resend()
-        with self.changed:
+        with self.lock:
             for target, result in self._results.values():
                 self.outbox.snapshot(target, result)
 
@@ -303,7 +313,7 @@ class ShardEngine:
 
     def snapshot(self, version: int) -> None:
         """Begin to write the present state; the result goes to the outbox. Lock held or not."""
-        with self.changed:
+        with self.lock:
             if not self.has_state or self.protocol.step != version or self.protocol.deciding is not None:
                 raise NotServing(f"shard {self.shard} is at version {self.protocol.step}, not {version}")
             self._snapshots = [snapshot for snapshot in self._snapshots if not snapshot.join(0)]
@@ -329,7 +339,7 @@ class ShardEngine:
         snapshot.start()
 
     def _snapshot_ended(self, target: SnapshotTarget, result: ShardFile | PsError) -> None:
-        with self.changed:
+        with self.lock:
             asked_again = target.version in self._asked_again
             self._asked_again.discard(target.version)
             unchanged = self.has_state and self.protocol.step == target.version and self.protocol.deciding is None
@@ -340,7 +350,7 @@ class ShardEngine:
         if isinstance(result, PsError):
             log.error("the checkpoint of version %d could not be written: %s", target.version, result.message)
             metrics.SNAPSHOT_FAILURES.inc()
-        with self.changed:
+        with self.lock:
             self._results = {**self._results, target.version: (target, result)}
             for version in sorted(self._results)[:-MAX_SNAPSHOTS]:
                 del self._results[version]
@@ -361,7 +371,7 @@ class ShardEngine:
             self.outbox.failed(error)
 
     def _reduce(self, job: ReductionJob, reduction: ChunkReduction) -> None:
-        with self.changed:
+        with self.lock:
             if not self.protocol.is_current(job, reduction):
                 return
         gradients = [held.gradient for held in job.held]
@@ -383,7 +393,7 @@ class ShardEngine:
                     self.store.square_sums(job.chunk),
                 )
                 metrics.REDUCED_ELEMENTS.inc(job.chunk.size)
-        with self.changed:
+        with self.lock:
             if not self.protocol.is_current(job, reduction):
                 return
             following = reduction.done(job)

@@ -7,6 +7,7 @@ Acknowledgements go first; a pull is answered chunk by chunk, as each is publish
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from ps.errors import ConflictingContribution, MalformedFrame, Refusal, StaleFence, VersionGone
 from ps.shard import metrics
 from ps.shard.engine import ShardEngine
+from ps.shard.protocol import Accepted
 from ps.shard.sharing import StreamMemory
 from ps.telemetry.metrics import LinkBytes
 from ps.types import Fence, Role
@@ -24,8 +26,10 @@ from ps.wire.messages import (
     Header,
     Hello,
     Initialize,
+    Placed,
     Pull,
     Push,
+    PushPlaced,
     Refused,
     Unchanged,
     Welcome,
@@ -49,6 +53,7 @@ class Exchange:
 
     def __init__(self, engine: ShardEngine, incarnation: int) -> None:
         self._engine = engine
+        self._changed = threading.Condition(engine.lock)
         self._incarnation = incarnation
         self._outbox: deque[bytes] = deque()
         self._cursor: _Cursor | None = None
@@ -59,10 +64,10 @@ class Exchange:
 
     def close(self) -> None:
         """End `replies`; what was received stays."""
-        with self._engine.changed:
+        with self._engine.lock:
             self._sharing.close()
             self._closed = True
-            self._engine.changed.notify_all()
+            self._changed.notify_all()
 
     def receive(self, data: bytes) -> None:
         """Take one frame. A refusal is answered, never raised."""
@@ -77,23 +82,35 @@ class Exchange:
 
     def _handle(self, header: Header, payload: memoryview) -> None:
         if isinstance(header, Push):
-            accepted = self._engine.push(header, self._sharing.payload(header, payload))
-            self._bytes.received.inc(header.place_bytes)
-            self._reply(Ack(header.step, header.contribution, header.chunk, accepted.duplicate))
+            self._acknowledge(header, self._engine.push(header, payload))
+        elif isinstance(header, PushPlaced):
+            for push, gradient in self._sharing.payloads(header, self._chunk_bytes):
+                accepted = self._engine.push(push, gradient, shared=True)
+                self._bytes.received.inc(len(gradient))
+                self._acknowledge(push, accepted)
         elif isinstance(header, Initialize):
-            duplicate = self._engine.initialize(header, payload)
-            self._reply(Ack(0, -1, header.chunk, duplicate))
+            self._engine.initialize(header, payload)
+            self._reply(Ack(0, -1, header.chunk))
         elif isinstance(header, Pull):
             self._pull(header)
         elif isinstance(header, Hello):
             self._hello(header)
         elif isinstance(header, Attach):
-            with self._engine.changed:
+            with self._engine.lock:
                 self._sharing.attached(header)
+
+    def _acknowledge(self, header: Push, accepted: Accepted) -> None:
+        # Once per contribution: nothing waits for a chunk's, and a small frame costs as much as 100 KB of a large one.
+        if accepted.whole:
+            self._reply(Ack(header.step, header.contribution, -1))
+
+    def _chunk_bytes(self, index: int) -> int:
+        engine = self._engine
+        return engine.protocol.owned(index).size * engine.store.dtype.itemsize
 
     def _hello(self, header: Hello) -> None:
         engine = self._engine
-        with engine.changed:
+        with engine.lock:
             self._cursor = None
             engine.protocol.check(header)
             self._bytes = LinkBytes(Role.WORKER, header.rank)
@@ -116,10 +133,10 @@ class Exchange:
         self._reply(welcome)
 
     def _pull(self, header: Pull) -> None:
-        with self._engine.changed:
+        with self._engine.lock:
             self._engine.protocol.check(header)
             self._cursor = _Cursor(header)
-            self._engine.changed.notify_all()
+            self._changed.notify_all()
 
     def _refuse(self, refusal: Refusal, header: Header | None) -> None:
         metrics.REFUSED_FRAMES.labels(refusal.code).inc()
@@ -131,20 +148,22 @@ class Exchange:
 
     def _reply(self, header: Header) -> None:
         encoded = frame.encode(header.pack())
-        with self._engine.changed:
+        with self._engine.lock:
             self._outbox.append(encoded)
-            self._engine.changed.notify_all()
+            self._changed.notify_all()
 
     # -- Outgoing -------------------------------------------------------------------------------
 
     def replies(self) -> Iterator[bytes]:
         """Yield frames for the worker until the stream is closed."""
         while True:
-            with self._engine.changed:
+            with self._engine.lock:
                 reply = self._next()
                 while reply is None and not self._closed:
-                    self._engine.changed.wait()
+                    self._engine.waiting.add(self._changed)
+                    self._changed.wait()
                     reply = self._next()
+                self._engine.waiting.discard(self._changed)
             if reply is None:
                 return
             self._bytes.sent.inc(len(reply))
@@ -172,26 +191,40 @@ class Exchange:
             raise StaleFence(f"the fence moved to {engine.protocol.fence} while version {request.version} was pulled")
         if not engine.protocol.serving or not engine.has_state:
             return None
+        placed: list[list[int]] = []
+        applied = -1
         while cursor.next < len(engine.chunks):
-            published = engine.store.published[engine.chunks[cursor.next].index]
-            if published.version < request.version:
-                return None
-            if published.version > request.version:
-                raise VersionGone(
-                    f"version {request.version} is no longer published; chunk "
-                    f"{engine.chunks[cursor.next].index} is at {published.version}"
-                )
-            cursor.next += 1
+            chunk = engine.chunks[cursor.next]
+            published = engine.store.published[chunk.index]
+            if published.version != request.version:
+                break
             if published.applied != request.applied:
-                if cursor.next == len(engine.chunks):
-                    self._cursor = None
-                chunk = engine.chunks[cursor.next - 1]
-                if self._sharing.ready and published.notice:
-                    self._bytes.sent.inc(chunk.size * engine.store.dtype.itemsize)
-                    return published.notice
-                return engine.store.frame(chunk)
-        self._cursor = None
-        return frame.encode(Unchanged(request.version, engine.protocol.applied).pack())
+                if not self._sharing.ready or published.place < 0:
+                    break
+                placed.append([chunk.index, published.place, published.sequence])
+                applied = published.applied
+                self._bytes.sent.inc(chunk.size * engine.store.dtype.itemsize)
+            cursor.next += 1
+        if placed:
+            # Everything that is there is told of at once: a frame costs more than what it says.
+            self._end_if_done(cursor)
+            return frame.encode(Placed(applied, str(engine.store.dtype), placed).pack())
+        if cursor.next == len(engine.chunks):
+            self._cursor = None
+            return frame.encode(Unchanged(request.version, engine.protocol.applied).pack())
+        if published.version > request.version:
+            raise VersionGone(
+                f"version {request.version} is no longer published; chunk {chunk.index} is at {published.version}"
+            )
+        if published.version < request.version:
+            return None
+        cursor.next += 1
+        self._end_if_done(cursor)
+        return engine.store.frame(chunk)
+
+    def _end_if_done(self, cursor: _Cursor) -> None:
+        if cursor.next == len(self._engine.chunks):
+            self._cursor = None
 
 
 def _bitmap(chunks: list[int], engine: ShardEngine) -> bytes:

@@ -47,6 +47,8 @@ class Accepted:
     """A frame's key is held now; `job` is what it made possible."""
 
     duplicate: bool
+    #: All of the shard's chunks of this contribution are held.
+    whole: bool
     job: ReductionJob | None = None
     #: The same key came with another payload: the first stands, and this is counted.
     conflicting: bool = False
@@ -69,6 +71,8 @@ class StepProtocol:
         self._chunks = {chunk.index: chunk for chunk in plan.chunks_of(shard)}
         self._slots = [len(slot_range(c, shape.contributions, shape.slots)) for c in range(shape.contributions)]
         self._reports: dict[int, ContributionReport] = {}
+        #: Chunks held, by contribution.
+        self._chunks_held: list[int] = []
         self._initial: set[int] | None = None
         self._unpublished: set[int] = set()
         self._reductions: dict[int, ChunkReduction] = {}
@@ -136,7 +140,7 @@ class StepProtocol:
             raise StepNotOpen(f"step {header.step} is not open; step {self.step} is")
         if header.loss_scale != self.loss_scale:
             raise WrongLossScale(f"loss scale {header.loss_scale} where step {self.step} has {self.loss_scale}")
-        chunk = self._owned(header.chunk)
+        chunk = self.owned(header.chunk)
         self._check_contribution(header)
         self._check_payload(header, chunk, payload, payload_hash)
         reduction = self._reductions[chunk.index]
@@ -152,12 +156,13 @@ class StepProtocol:
             header.contribution,
             ContributionReport(header.contribution, header.loss_sum, header.tokens, header.rank, header.incarnation),
         )
-        return Accepted(duplicate=False, job=job)
+        self._chunks_held[header.contribution] += 1
+        return Accepted(duplicate=False, whole=self._is_whole(header.contribution), job=job)
 
     def initialize(self, header: Initialize, payload: memoryview, payload_hash: bytes) -> tuple[Chunk, bool]:
         """Take the FP32 initial values of a chunk; returns the chunk and whether it is new."""
         self.check(header)
-        chunk = self._owned(header.chunk)
+        chunk = self.owned(header.chunk)
         if len(payload) != 4 * chunk.size:
             raise WrongLength(f"initial values of chunk {chunk.index}: {len(payload)} bytes, not {4 * chunk.size}")
         if payload_hash != header.hash:
@@ -190,11 +195,7 @@ class StepProtocol:
 
     def missing(self) -> list[int]:
         """Contributions of the open step of which at least one chunk has not come."""
-        counts = [0] * self.shape.contributions
-        for reduction in self._reductions.values():
-            for contribution in reduction.hashes:
-                counts[contribution] += 1
-        return [c for c, count in enumerate(counts) if count < len(self._chunks)]
+        return [c for c, count in enumerate(self._chunks_held) if count < len(self._chunks)]
 
     @property
     def chunks_reduced(self) -> int:
@@ -270,6 +271,7 @@ class StepProtocol:
     def _reset(self) -> None:
         exact = self.shape.dtype is WireDtype.FP16
         self._reports = {}
+        self._chunks_held = [0] * self.shape.contributions
         self._unpublished = set()
         self._reductions = {
             index: ChunkReduction(chunk, self.shape.contributions, exact) for index, chunk in self._chunks.items()
@@ -280,7 +282,12 @@ class StepProtocol:
         self.step, self.applied, self.loss_scale = step, applied, loss_scale
         self._reset()
 
-    def _owned(self, index: int) -> Chunk:
+    def owned(self, index: int) -> Chunk:
+        """A chunk of this shard.
+
+        Raises:
+            UnknownChunk: it is not one.
+        """
         chunk = self._chunks.get(index)
         if chunk is None:
             raise UnknownChunk(f"chunk {index} is not one of shard {self.shard}'s {len(self._chunks)} chunks")
@@ -316,4 +323,7 @@ class StepProtocol:
                 f"step {header.step}, contribution {header.contribution}, chunk {header.chunk} came before with "
                 f"another payload; determinism=strict makes that an error"
             )
-        return Accepted(duplicate=True, conflicting=conflicting)
+        return Accepted(duplicate=True, whole=self._is_whole(header.contribution), conflicting=conflicting)
+
+    def _is_whole(self, contribution: int) -> bool:
+        return self._chunks_held[contribution] == len(self._chunks)

@@ -30,8 +30,9 @@ class Published:
     applied: int
     #: The encoded frame; made of the shared place when the first worker without one asks.
     frame: bytes | None
-    #: The frame that names the place in shared memory; empty where there is none.
-    notice: bytes = b""
+    #: Where the weights are in shared memory, and with which sequence number; -1: they are not.
+    place: int = -1
+    sequence: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,7 @@ class Publication:
             return Published(version, draft.applied, draft.frame)
         position = self._positions[chunk.index]
         self._sequences[position] += 1
-        header = Weights(
-            applied=draft.applied,
-            chunk=chunk.index,
-            dtype=str(self._dtype),
-            place=self._places[chunk.index],
-            sequence=int(self._sequences[position]),
-        )
-        return Published(version, draft.applied, None, frame.encode(header.pack()))
+        return Published(version, draft.applied, None, self._places[chunk.index], int(self._sequences[position]))
 
     def encode(self, chunk: Chunk, published: Published) -> bytes:
         """The frame of a chunk that is published in shared memory."""

@@ -96,7 +96,7 @@ class ShardHost:
         engine.load(fence, checkpoint, request.manifest_sha256)
 
     def _report(self, engine: ShardEngine) -> shard_pb2.ConfigureResponse:
-        with engine.changed:
+        with engine.lock:
             protocol = engine.protocol
             response = shard_pb2.ConfigureResponse(
                 plan_digest=engine.plan.digest,
@@ -114,7 +114,7 @@ class ShardHost:
         engine = self.engine
         if engine is None:
             return shard_pb2.ShardStatusResponse(shard=self.index, phase="empty")
-        with engine.changed:
+        with engine.lock:
             protocol = engine.protocol
             serving = "initializing" if protocol.awaiting_initial_values else "serving"
             return shard_pb2.ShardStatusResponse(
@@ -141,7 +141,7 @@ class ShardHost:
             if chunks and chunk.index not in chunks:
                 continue
             for name, array in engine.store.arrays(chunk).items():
-                with engine.changed:
+                with engine.lock:
                     if engine.protocol.step != version or engine.protocol.deciding is not None:
                         raise NotServing(f"version {version} was left while it was read; try again")
                     encoded = frame.encode(State(version, chunk.index, name).pack(), array)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ps.errors import MalformedFrame, SharedMemoryError, StalePlace
 from ps.shard import metrics
-from ps.wire.messages import Attach, Hello, Push
+from ps.wire.messages import Attach, Hello, Push, PushPlaced
 from ps.wire.shared_memory import Segment
 
 log = logging.getLogger(__name__)
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 class StreamMemory:
     """The server's side of one stream's shared memory; each greeting begins it anew.
 
-    Several threads may close a stream: the caller serializes all calls but `payload`.
+    Several threads may close a stream: the caller serializes all calls but `payloads`.
     """
 
     def __init__(self) -> None:
@@ -58,22 +58,24 @@ class StreamMemory:
             metrics.SHARED_STREAMS.inc()
             log.info("worker %d shares memory with this shard", header.rank)
 
-    def payload(self, header: Push, payload: memoryview) -> memoryview:
-        """The gradient of a push: where its header says, or in the frame.
+    def payloads(self, header: PushPlaced, num_bytes: Callable[[int], int]) -> Iterator[tuple[Push, memoryview]]:
+        """The gradients of a push, from where its header says.
+
+        Args:
+            num_bytes: of a chunk, by its index.
 
         Raises:
-            StalePlace: the place is of an earlier greeting.
-            MalformedFrame: it is outside of what is shared.
+            StalePlace: the places are of an earlier greeting.
+            MalformedFrame: one is outside of what is shared.
         """
-        if header.place < 0:
-            return payload
         gradients = self._gradients
         if gradients is None or not self.ready or header.greeting != self._greeting:
-            raise StalePlace(f"the place is one of greeting {header.greeting}, whose memory is not shared (any more)")
-        try:
-            return gradients.view(header.place, header.place_bytes)
-        except SharedMemoryError as error:
-            raise MalformedFrame(f"push: {error.message}") from None
+            raise StalePlace(f"the places are of greeting {header.greeting}, whose memory is not shared (any more)")
+        for push, place in header.pushes():
+            try:
+                yield push, gradients.view(place, num_bytes(push.chunk))
+            except SharedMemoryError as error:
+                raise MalformedFrame(f"push: {error.message}") from None
 
     def close(self) -> None:
         """Let go of everything; views of gradients that are held keep their memory. Idempotent."""

@@ -1,5 +1,5 @@
 """Pure: parameter table -> chunks -> shards."""
 
-from ps.sharding.plan import Chunk, Plan, Run, make_plan
+from ps.sharding.plan import Chunk, Plan, Run, make_plan, presence_map
 
-__all__ = ["Chunk", "Plan", "Run", "make_plan"]
+__all__ = ["Chunk", "Plan", "Run", "make_plan", "presence_map"]

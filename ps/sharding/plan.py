@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import msgpack
+import numpy as np
 
 from ps.errors import ConfigError
 from ps.types import ALIGNMENT, MAX_CHUNK, SEGMENT, ParameterTable
@@ -52,6 +53,16 @@ class Chunk:
     def presence_bytes(self) -> int:
         """Length of the presence map: one bit per run."""
         return -(-len(self.runs) // 8)
+
+
+def presence_map(chunk: Chunk, present: Sequence[bool]) -> bytes:
+    """One bit per run of a chunk, least significant first: its tensor had a gradient.
+
+    Args:
+        present: by tensor.
+    """
+    bits = np.fromiter((present[run.tensor] for run in chunk.runs), np.bool_, len(chunk.runs))
+    return np.packbits(bits, bitorder="little").tobytes()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ class Header:
 
     def pack(self) -> dict[str, Any]:
         """The map that goes on the wire."""
-        return {"kind": self.kind, **{field.name: getattr(self, field.name) for field in fields(self)}}
+        return {"kind": self.kind, **vars(self)}
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,30 @@ class Push(Fenced):
     present: bytes
     loss_sum: float
     tokens: int
-    #: Where the payload is, in bytes from the start of the worker's segment; -1: in this frame.
-    place: int = -1
-    place_bytes: int = 0
-    greeting: int = 0
+
+
+@dataclass(frozen=True)
+class PushPlaced(Fenced):
+    """Chunks of a contribution that are in the worker's segment of shared memory; otherwise as `Push`."""
+
+    kind = "push_placed"
+    step: int
+    contribution: int
+    slots: int
+    loss_scale: float
+    dtype: str
+    loss_sum: float
+    tokens: int
+    #: The greeting to which the places belong.
+    greeting: int
+    #: (chunk, place, hash, presence map); a place is in bytes from the start of the segment.
+    chunks: list[list[Any]]
+
+    def pushes(self) -> Iterator[tuple[Push, int]]:
+        """What each chunk would be as a frame, and its place."""
+        common = {name: getattr(self, name) for name in _PUSH_COMMON}
+        for chunk, place, digest, present in self.chunks:
+            yield Push(**common, chunk=chunk, hash=digest, present=present), place
 
 
 @dataclass(frozen=True)
@@ -127,13 +147,13 @@ class Welcome(Header):
 
 @dataclass(frozen=True)
 class Ack(Header):
-    """A push or an initial value is held."""
+    """A contribution is held with all of the shard's chunks, or (contribution -1) the initial values of a chunk are."""
 
     kind = "ack"
     step: int
     contribution: int
+    #: -1 for a contribution.
     chunk: int
-    duplicate: bool
 
 
 @dataclass(frozen=True)
@@ -145,10 +165,18 @@ class Weights(Header):
     applied: int
     chunk: int
     dtype: str
-    #: Where the payload is, in bytes from the start of the shard's segment; -1: in this frame.
-    place: int = -1
-    #: What the place's sequence number must still be when it has been read.
-    sequence: int = 0
+
+
+@dataclass(frozen=True)
+class Placed(Header):
+    """Published chunks that are in the shard's segment of shared memory; otherwise as `Weights`."""
+
+    kind = "placed"
+    applied: int
+    dtype: str
+    #: (chunk, place, what the place's sequence number must still be when it has been read); a place is in bytes
+    #: from the start of the segment.
+    chunks: list[list[Any]]
 
 
 @dataclass(frozen=True)
@@ -188,8 +216,8 @@ class State(Header):
     array: str
 
 
-_TO_SHARD: dict[str, type[Header]] = {cls.kind: cls for cls in (Hello, Attach, Push, Initialize, Pull)}
-_TO_WORKER: dict[str, type[Header]] = {cls.kind: cls for cls in (Welcome, Ack, Weights, Unchanged, Refused)}
+_TO_SHARD: dict[str, type[Header]] = {cls.kind: cls for cls in (Hello, Attach, Push, PushPlaced, Initialize, Pull)}
+_TO_WORKER: dict[str, type[Header]] = {cls.kind: cls for cls in (Welcome, Ack, Weights, Placed, Unchanged, Refused)}
 
 
 def _is_int(value: Any) -> bool:
@@ -216,8 +244,20 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "str": (_is_text, "text of at most 4096 characters"),
     "bytes": (lambda v: isinstance(v, bytes), "bytes"),
     "bool": (lambda v: isinstance(v, bool), "a boolean"),
-    "list[list[Any]]": (lambda v: isinstance(v, list), "a list"),
+    "list[list[Any]]": (lambda v: isinstance(v, list) and all(isinstance(row, list) for row in v), "a list of lists"),
 }
+
+#: The columns of `chunks`.
+_ROWS: dict[type[Header], tuple[Callable[[Any], bool], ...]] = {
+    PushPlaced: (_is_int, _is_int, _is_hash, _CHECKS["bytes"][0]),
+    Placed: (_is_int, _is_int, _is_int),
+}
+#: By kind: name, check and what is wanted of each field.
+_LAYOUTS = {
+    cls: [(field.name, *(_FIELD_CHECKS.get(field.name) or _CHECKS[str(field.type)])) for field in fields(cls)]
+    for cls in (*_TO_SHARD.values(), *_TO_WORKER.values())
+}
+_PUSH_COMMON = [field.name for field in fields(Push) if field.name not in ("chunk", "hash", "present")]
 
 
 def _parse(kinds: dict[str, type[Header]], header: dict[str, Any]) -> Header:
@@ -226,30 +266,32 @@ def _parse(kinds: dict[str, type[Header]], header: dict[str, Any]) -> Header:
     if cls is None:
         raise MalformedFrame(f"frames of kind {str(kind)[:40]!r} are not known here; known: {', '.join(kinds)}")
     values = {}
-    for field in fields(cls):
-        check, wanted = _FIELD_CHECKS.get(field.name) or _CHECKS[str(field.type)]
-        if field.name not in header:
-            raise MalformedFrame(f"{kind}: the header field {field.name!r} is missing")
-        value = header[field.name]
+    for name, check, wanted in _LAYOUTS[cls]:
+        if name not in header:
+            raise MalformedFrame(f"{kind}: the header field {name!r} is missing")
+        value = header[name]
         if not check(value):
-            raise MalformedFrame(f"{kind}: the header field {field.name}={str(value)[:40]!r} is not {wanted}")
-        values[field.name] = value
+            raise MalformedFrame(f"{kind}: the header field {name}={str(value)[:40]!r} is not {wanted}")
+        values[name] = value
+    for row in values["chunks"] if cls in _ROWS else ():
+        if len(row) != len(_ROWS[cls]) or not all(check(cell) for check, cell in zip(_ROWS[cls], row, strict=True)):
+            raise MalformedFrame(f"{kind}: {str(row)[:60]} does not say where a chunk is")
     return cls(**values)
 
 
-def parse_to_shard(header: dict[str, Any]) -> Hello | Attach | Push | Initialize | Pull:
+def parse_to_shard(header: dict[str, Any]) -> Hello | Attach | Push | PushPlaced | Initialize | Pull:
     """Read a header that a worker sent.
 
     Raises:
         MalformedFrame: an unknown kind, or a field that is missing or of a wrong type.
     """
     parsed = _parse(_TO_SHARD, header)
-    if isinstance(parsed, Push) and not (parsed.loss_scale > 0 and math.isfinite(parsed.loss_scale)):
-        raise MalformedFrame(f"push: the header field loss_scale={parsed.loss_scale} is not a positive number")
+    if isinstance(parsed, Push | PushPlaced) and not (parsed.loss_scale > 0 and math.isfinite(parsed.loss_scale)):
+        raise MalformedFrame(f"{parsed.kind}: the header field loss_scale={parsed.loss_scale} is not a positive number")
     return parsed  # type: ignore[return-value]
 
 
-def parse_to_worker(header: dict[str, Any]) -> Welcome | Ack | Weights | Unchanged | Refused:
+def parse_to_worker(header: dict[str, Any]) -> Welcome | Ack | Weights | Placed | Unchanged | Refused:
     """Read a header that a shard sent.
 
     Raises:

@@ -272,7 +272,7 @@ def test_a_shard_that_blocks_stops_the_sender(server: Server, shard: Rig) -> Non
             sent += 1
         done.set()
 
-    with shard.engine.changed:
+    with shard.engine.lock:
         # Nothing can be received while the engine's lock is held.
         thread = threading.Thread(target=send, daemon=True)
         thread.start()

@@ -272,7 +272,7 @@ def encode_frame(header: Header, payload: memoryview | bytes = b"") -> bytes:
 def drain(exchange: Exchange) -> list[tuple[Header, memoryview]]:
     """Every answer that could go now, without waiting (`replies` would)."""
     answers = []
-    with exchange._engine.changed:
+    with exchange._engine.lock:
         while (reply := exchange._next()) is not None:
             fields, payload = frame.decode(reply)
             answers.append((parse_to_worker(fields), payload))

@@ -184,6 +184,10 @@ def _build(
     contributions = job.contributions
     slots = job.batch.micro_batches_per_step
     held_out = HeldOut(data, job.data.sequence_length, job.evaluation.max_sequences, contributions)
+    client = ParameterClient(
+        transport, inbox, int(session.member.rank), incarnation, table, flat, Sharing(job.launch.transport)
+    )
+    duty = Duty(session, inbox, client, slots, wire, layerwise=True)
     contributor = Contributor(
         module,
         flat,
@@ -194,11 +198,8 @@ def _build(
         contributions,
         job.batch.micro_batch_size,
         accumulate_fp16,
+        duty,
     )
-    client = ParameterClient(
-        transport, inbox, int(session.member.rank), incarnation, table, flat, Sharing(job.launch.transport)
-    )
-    duty = Duty(session, inbox, client, slots, wire)
     worker = Worker(session, inbox, duty, contributor, partial(keep_where_the_run_is, job, data))
     log.info("%d parameters in %s on %s", table.num_parameters, dtype, chosen)
     message = pb.Model(table=table.packed(), data_digest=data.digest, evaluation_parts=contributions)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
+from ps.client.pusher import Contribution
+from ps.sharding import Chunk
 from ps.types import slot_range
 from workers.data.batches import HeldOut
 from workers.data.sampling import slot_seed
@@ -23,13 +25,17 @@ class Batches(Protocol):
         """Return int64 [B, L+1], a pure function of (step, slot)."""
 
 
-@dataclass(frozen=True)
-class Computed:
-    """What a contribution says besides its gradient."""
+class Steps(Protocol):
+    """Whose contributions these are; `Interrupted` leaves one."""
 
-    #: Sum over the slots of the mean loss, unscaled, in nats.
-    loss_sum: float
-    tokens: int
+    def await_weights(self, chunks: Sequence[Chunk] | None) -> None:
+        """Wait until the weights of these chunks are there; None: of all."""
+
+    def begin_push(self, contribution: int, report: Callable[[], tuple[float, int]]) -> Contribution:
+        """Chunks of a contribution are about to be ready; `report` returns its sum of losses, and its tokens."""
+
+    def push_chunk(self, contribution: Contribution, chunk: Chunk) -> None:
+        """A chunk is ready: nothing of its gradient changes any more."""
 
 
 class Contributor:
@@ -46,8 +52,10 @@ class Contributor:
         contributions: int,
         evaluation_batch: int,
         accumulate_fp16: bool,
+        steps: Steps,
     ) -> None:
         self._model = model
+        self._steps = steps
         self._flat = flat
         self._batches = batches
         self._held_out = held_out
@@ -57,11 +65,15 @@ class Contributor:
         self._evaluation_batch = evaluation_batch
         self._accumulate_fp16 = accumulate_fp16
 
-    def contribute(self, step: int, contribution: int, loss_scale: float) -> Computed:
+    def contribute(self, step: int, contribution: int, loss_scale: float) -> Contribution:
         """Run a contribution's slots in order; its gradient is in the flat buffer afterwards.
 
         The sum of undivided, scaled gradients adds up and is divided once when it is pushed; FP16
-        sums would overflow, so there each loss is divided before its backward.
+        sums would overflow, so there each loss is divided before its backward. The forward waits for each
+        layer's weights when it comes to it, and the last backward pushes each chunk as it is finished.
+
+        Raises:
+            Interrupted: the weights do not come.
         """
         flat = self._flat
         slots = slot_range(contribution, self._contributions, self._slots)
@@ -69,18 +81,29 @@ class Contributor:
         factor = loss_scale / len(slots) if self._accumulate_fp16 else loss_scale
         self._model.train()
         losses, tokens = [], 0
-        for slot in slots:
-            batch_BT = device.upload(self._batches.batch(step, slot), flat.device)
-            device.seed(slot_seed(self._seed, step, slot))
-            loss = self._model.loss(batch_BT)
-            (loss * factor).backward()
-            losses.append(loss.detach())
-            tokens += batch_BT.shape[0] * (batch_BT.shape[1] - 1)
+        with flat.needing(self._steps.await_weights):
+            for slot in slots[:-1]:
+                loss, count = self._forward(step, slot)
+                (loss * factor).backward()
+                losses.append(loss.detach())
+                tokens += count
+            loss, count = self._forward(step, slots[-1])
+        losses.append(loss.detach())
         # One transfer at the end: the device is not waited for in between. Not every device has float64.
-        return Computed(float(torch.stack(losses).cpu().double().sum()), tokens)
+        loss_sums = device.fetch(torch.stack(losses))
+        begun = self._steps.begin_push(contribution, lambda: (float(loss_sums().double().sum()), tokens + count))
+        with flat.finishing(lambda chunk: self._steps.push_chunk(begun, chunk)):
+            (loss * factor).backward()
+        return begun
+
+    def _forward(self, step: int, slot: int) -> tuple[torch.Tensor, int]:
+        batch_BT = device.upload(self._batches.batch(step, slot), self._flat.device)
+        device.seed(slot_seed(self._seed, step, slot))
+        return self._model.loss(batch_BT), batch_BT.shape[0] * (batch_BT.shape[1] - 1)
 
     def evaluate(self, part: int) -> tuple[float, int, int]:
         """Evaluate one part of the held-out data: (loss sum in nats, tokens, bytes of text)."""
         windows = self._held_out.part(part)
-        loss_sum, tokens = evaluate_windows(self._model, windows, self._evaluation_batch)
+        with self._flat.needing(self._steps.await_weights):
+            loss_sum, tokens = evaluate_windows(self._model, windows, self._evaluation_batch)
         return loss_sum, tokens, self._held_out.bytes_of(part)

@@ -7,6 +7,9 @@ accelerator they are converted there and copied through pinned buffers.
 
 from __future__ import annotations
 
+import queue
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from mmap import mmap
 from typing import Protocol
 
@@ -112,19 +115,33 @@ class Arena:
         self._is_zero = False
 
 
+#: A point in the work of a device; None where work is done as soon as it is asked for.
+Mark = torch.cuda.Event | None
+
+
 class Mover(Protocol):
-    """Moves chunks between a flat buffer on the device and the wire."""
+    """Moves chunks between a flat buffer on the device and the wire. `read` and `write` are any thread's."""
+
+    def mark(self) -> Mark:
+        """Everything that has been asked of the device until now."""
+
+    def use(self) -> None:
+        """What is computed from now on reads what was written until now."""
 
     def write(self, payload: Array, target: torch.Tensor) -> None:
-        """Convert wire elements into `target` (1-D, on the device)."""
+        """Convert wire elements into `target` (1-D, on the device), which nothing asked for until now reads late."""
 
-    def read(self, source: torch.Tensor, divisor: int, room: Array) -> None:
-        """Write `source` / divisor, rounded once, into `room` in the wire dtype."""
+    def read(self, source: torch.Tensor, divisor: int, room: Array, ready: Mark) -> None:
+        """Write `source` / divisor, rounded once, into `room` in the wire dtype, as it is at `ready`."""
 
 
 def mover(device: torch.device, wire: WireDtype, chunk_elements: int) -> Mover:
     """The mover for a device; `chunk_elements` is the size of the largest chunk."""
-    return HostMover(wire) if device.type == "cpu" else AcceleratorMover(device, wire, chunk_elements)
+    if device.type == "cpu":
+        return HostMover(wire)
+    if device.type == "cuda":
+        return CudaMover(device, wire, chunk_elements)
+    return PlainMover(wire)
 
 
 class HostMover:
@@ -133,55 +150,125 @@ class HostMover:
     def __init__(self, wire: WireDtype) -> None:
         self._wire = wire
 
+    def mark(self) -> Mark:
+        return None
+
+    def use(self) -> None:
+        pass
+
     def write(self, payload: Array, target: torch.Tensor) -> None:
         if target.dtype is torch.float32:
             decode(payload, self._wire, target.numpy())
         else:
             target.copy_(_tensor(payload, self._wire))
 
-    def read(self, source: torch.Tensor, divisor: int, room: Array) -> None:
+    def read(self, source: torch.Tensor, divisor: int, room: Array, ready: Mark) -> None:
+        del ready
         if source.dtype is torch.float32:
             encode(source.numpy(), divisor, self._wire, room)
         else:
             _tensor(room, self._wire).copy_(source if divisor == 1 else source.float() / divisor)
 
 
-class AcceleratorMover:
-    """Conversions on the device, copies through two pinned buffers on a stream of their own."""
+class PlainMover:
+    """Copies that are waited for, on accelerators without streams of their own here."""
+
+    def __init__(self, wire: WireDtype) -> None:
+        self._wire = wire
+
+    def mark(self) -> Mark:
+        return None
+
+    def use(self) -> None:
+        pass
+
+    def write(self, payload: Array, target: torch.Tensor) -> None:
+        target.copy_(_tensor(payload, self._wire))
+
+    def read(self, source: torch.Tensor, divisor: int, room: Array, ready: Mark) -> None:
+        del ready
+        converted = source if divisor == 1 else source.float() / divisor
+        _tensor(room, self._wire).copy_(converted.to(_TORCH[self._wire]))
+
+
+class CudaMover:
+    """Conversions on the device, copies through pinned buffers, on one stream each way beside the computation's.
+
+    The computation is never waited for by the host: what it has finished is known by events, and what it
+    needs it waits for itself, on the device.
+    """
 
     def __init__(self, device: torch.device, wire: WireDtype, chunk_elements: int) -> None:
         self._device = device
         self._wire = wire
-        pinned = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if pinned else None
-        self._staging = [torch.empty(chunk_elements, dtype=_TORCH[wire], pin_memory=pinned) for _ in range(2)]
-        self._busy: list[torch.cuda.Event | None] = [None, None]
-        self._turn = 0
+        self._compute = torch.cuda.current_stream(device)
+        self._up, self._down = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._writes = _Staging(chunk_elements, _TORCH[wire])
+        self._reads = _Staging(chunk_elements, _TORCH[wire])
+        #: Before it the computation may read the weights that are about to be overwritten.
+        self._last: Mark = None
+
+    def mark(self) -> Mark:
+        self._last = self._compute.record_event()
+        return self._last
+
+    def use(self) -> None:
+        self._compute.wait_stream(self._down)
 
     def write(self, payload: Array, target: torch.Tensor) -> None:
-        self._turn ^= 1
-        event = self._busy[self._turn]
-        if event is not None:
-            event.synchronize()
-        staging = self._staging[self._turn][: target.numel()]
-        staging.copy_(_tensor(payload, self._wire))
-        if self._stream is None:
-            target.copy_(staging)
-            return
-        # The model reads the weights on the current stream: it waits for the copy there, not the host.
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            target.copy_(staging, non_blocking=True)
-        self._busy[self._turn] = self._stream.record_event()
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        with self._writes.take(payload.size) as (staging, event):
+            staging.copy_(_tensor(payload, self._wire))
+            # The host says who may write, and runs ahead of the device.
+            if self._last is not None:
+                self._down.wait_event(self._last)
+            with torch.cuda.stream(self._down):
+                target.copy_(staging, non_blocking=True)
+            event.record(self._down)
 
-    def read(self, source: torch.Tensor, divisor: int, room: Array) -> None:
-        converted = source if divisor == 1 else source.float() / divisor
-        staging = self._staging[0][: source.numel()]
-        if self._busy[0] is not None:
-            self._busy[0].synchronize()
-        staging.copy_(converted.to(_TORCH[self._wire]))
-        _tensor(room, self._wire).copy_(staging)
+    def read(self, source: torch.Tensor, divisor: int, room: Array, ready: Mark) -> None:
+        with self._reads.take(source.numel()) as (staging, event):
+            if ready is not None:
+                self._up.wait_event(ready)
+            with torch.cuda.stream(self._up):
+                converted = source if divisor == 1 else source.float() / divisor
+                staging.copy_(converted.to(_TORCH[self._wire]), non_blocking=True)
+            event.record(self._up)
+            event.synchronize()
+            _tensor(room, self._wire).copy_(staging)
+
+
+class _Staging:
+    """Two pinned buffers; one is taken once the device has done with it."""
+
+    def __init__(self, elements: int, dtype: torch.dtype) -> None:
+        self._free: queue.SimpleQueue[tuple[torch.Tensor, torch.cuda.Event]] = queue.SimpleQueue()
+        for _ in range(2):
+            self._free.put((torch.empty(elements, dtype=dtype, pin_memory=True), torch.cuda.Event()))
+
+    @contextmanager
+    def take(self, elements: int) -> Iterator[tuple[torch.Tensor, torch.cuda.Event]]:
+        """Yield a buffer, and the event by which whoever took it tells when the device has done with it."""
+        buffer, event = self._free.get()
+        try:
+            event.synchronize()
+            yield buffer[:elements], event
+        finally:
+            self._free.put((buffer, event))
+
+
+def fetch(values: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Begin to copy a small tensor to the host; what is returned waits for it."""
+    if values.device.type != "cuda":
+        return values.cpu
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    event = torch.cuda.current_stream(values.device).record_event()
+
+    def wait() -> torch.Tensor:
+        event.synchronize()
+        return host
+
+    return wait
 
 
 def _tensor(array: Array, wire: WireDtype) -> torch.Tensor:

@@ -6,7 +6,7 @@ whatever the tensors. Parameters become views; tied ones are one parameter and s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,9 +16,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ps.errors import ConfigError
-from ps.sharding import Chunk, Plan
+from ps.sharding import Chunk, Plan, presence_map
 from ps.types import WireDtype
-from workers.engine.device import Arena, Mover, mover
+from workers.engine.device import Arena, Mark, Mover, mover
+from workers.engine.overlap import Finishing, Layers
 
 Array = np.ndarray
 
@@ -87,6 +88,11 @@ class FlatModel:
         #: Which tensors have had a gradient since `clear`.
         self._touched = [False] * len(plan.table.tensors)
         self._divide = True
+        #: When the device has each chunk's gradient, and all of them.
+        self._ready: dict[int, Mark] = {}
+        self._rest: Mark = None
+        self._layers = Layers(module, self._chunks_of)
+        self._finish = Finishing(plan)
         self._bind(dtype)
 
     def _bind(self, dtype: torch.dtype) -> None:
@@ -101,6 +107,7 @@ class FlatModel:
                 parameter.register_post_accumulate_grad_hook(self._note(index))
             else:
                 parameter.register_post_accumulate_grad_hook(self._add(index, gradient))
+        self._layers.watch()
         # What is not trained (buffers, frozen parameters) moves along as it is.
         self.module.to(self.device)
 
@@ -120,6 +127,7 @@ class FlatModel:
     def _note(self, index: int) -> Callable[[torch.Tensor], None]:
         def hook(_: torch.Tensor) -> None:
             self._touched[index] = True
+            self._finish.came(index)
 
         return hook
 
@@ -131,8 +139,47 @@ class FlatModel:
             assert parameter.grad is not None, "the hook runs after the gradient has come"
             gradient.add_(parameter.grad)
             parameter.grad = None
+            self._finish.came(index)
 
         return hook
+
+    def _chunks_of(self, parameters: Iterable[nn.Parameter]) -> list[Chunk]:
+        """The chunks that some parameters touch, in forward order."""
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        wanted = {names[id(parameter)] for parameter in parameters}
+        found: dict[int, Chunk] = {}
+        for tensor, offset in zip(self.plan.table.tensors, self.plan.offsets, strict=True):
+            if tensor.name in wanted:
+                found.update((chunk.index, chunk) for chunk in self.plan.chunks_between(offset, offset + tensor.size))
+        return [found[index] for index in sorted(found)]
+
+    @contextmanager
+    def needing(self, await_weights: Callable[[Sequence[Chunk] | None], None]) -> Iterator[None]:
+        """Have every layer wait, before its forward, for the weights that it reads.
+
+        Args:
+            await_weights: returns when weights of these chunks are there; None: of all.
+        """
+
+        def need(chunks: Sequence[Chunk] | None) -> None:
+            await_weights(chunks)
+            self._mover.use()
+
+        with self._layers.needing(need):
+            yield
+        self._mover.mark()
+
+    @contextmanager
+    def finishing(self, on_chunk: Callable[[Chunk], None]) -> Iterator[None]:
+        """Tell of every chunk whose gradient the backward inside finishes, as soon as it does."""
+
+        def ready(chunk: Chunk) -> None:
+            self._ready[chunk.index] = self._mover.mark()
+            on_chunk(chunk)
+
+        with self._finish.telling(ready):
+            yield
+        self._rest = self._mover.mark()
 
     def clear(self, divide: bool) -> None:
         """Begin a contribution: no gradient yet.
@@ -141,6 +188,7 @@ class FlatModel:
             divide: whether `encode` divides by the number of slots (the losses were not divided).
         """
         self._gradient_arena.use()
+        self._ready.clear()
         self._touched = [False] * len(self._touched)
         self._divide = divide
 
@@ -148,9 +196,9 @@ class FlatModel:
 
     def encode(self, chunk: Chunk, slots: int, room: Array) -> bytes:
         """Write a chunk of the gradient into `room`; returns the presence map of its runs."""
-        self._mover.read(self.gradients[chunk.start : chunk.stop], slots if self._divide else 1, room)
-        bits = sum(1 << position for position, run in enumerate(chunk.runs) if self._touched[run.tensor])
-        return bits.to_bytes(chunk.presence_bytes, "little")
+        ready = self._ready.get(chunk.index, self._rest)
+        self._mover.read(self.gradients[chunk.start : chunk.stop], slots if self._divide else 1, room, ready)
+        return presence_map(chunk, self._touched)
 
     def discard(self) -> None:
         """Give back what the gradients take: the weights that are coming need room on their way."""

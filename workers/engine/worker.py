@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from protos.ps.v1 import coordinator_pb2 as pb
-from ps.client.duty import Dealt, Duty
+from ps.client.duty import Dealt, Duty, Interrupted
 from ps.client.links import Inbox, Said
+from ps.client.pusher import Contribution
 from ps.errors import PsError
 from ps.pages import trim_heap
 from ps.wire.session import Session
 from workers.engine import metrics
-from workers.engine.compute import Contributor
+
+log = logging.getLogger(__name__)
 
 #: Waiting for the next event says so after this; the links ask to be looked after sooner.
 _TAKE_S = 1.0
+
+
+class Contributor(Protocol):
+    """Who computes. Either may raise `Interrupted`."""
+
+    def contribute(self, step: int, contribution: int, loss_scale: float) -> Contribution:
+        """Compute a contribution; pushing it has begun."""
+
+    def evaluate(self, part: int) -> tuple[float, int, int]:
+        """Evaluate one part of the held-out data: (loss sum in nats, tokens, bytes of text)."""
 
 
 class Worker:
@@ -59,10 +73,13 @@ class Worker:
             dealt = None if self._leaving else duty.ready()
             if dealt is None:
                 duty.take(_TAKE_S)
-            elif dealt.evaluate:
-                self._evaluate(dealt, dealt.evaluate.pop(0))
-            else:
-                self._contribute(dealt, dealt.pending[0])
+                continue
+            try:
+                self._work(dealt)
+            except Interrupted as reason:
+                log.info("left a contribution: %s", reason)
+            finally:
+                duty.done()
         if not duty.end.ok:
             raise PsError(duty.end.reason)
         return duty.end.reason
@@ -78,28 +95,35 @@ class Worker:
         if pull_s is not None:
             metrics.PULL_SECONDS.observe(pull_s)
 
-    def _evaluate(self, dealt: Dealt, part: int) -> None:
+    def _work(self, dealt: Dealt) -> None:
         self._note_pulled()
+        if dealt.evaluate:
+            self._evaluate(dealt, dealt.evaluate[0])
+        else:
+            self._contribute(dealt, dealt.pending[0])
+
+    def _evaluate(self, dealt: Dealt, part: int) -> None:
         self._duty.doing(f"evaluating part {part}")
         loss_sum, tokens, num_bytes = self._contributor.evaluate(part)
+        dealt.evaluate.remove(part)
         self._session.send(
             evaluated=pb.Evaluated(version=dealt.step, part=part, loss_sum=loss_sum, tokens=tokens, bytes=num_bytes)
         )
 
     def _contribute(self, dealt: Dealt, contribution: int) -> None:
-        self._note_pulled()
-        self._duty.doing(f"computing contribution {contribution}")
-        self._duty.forget_gradient()
+        duty = self._duty
+        duty.doing(f"computing contribution {contribution}")
+        duty.forget_gradient()
         if not self._has_worked:
             self._has_worked = True
             self._on_work()
-        if self._worked_under != self._duty.fences:
+        if self._worked_under != duty.fences:
             # Preparing the data, sending initial values: none of it comes again.
-            self._worked_under = self._duty.fences
+            self._worked_under = duty.fences
             trim_heap()
         started = time.monotonic()
-        computed = self._contributor.contribute(dealt.step, contribution, dealt.loss_scale)
-        compute_s = time.monotonic() - started
-        spent = self._duty.push(contribution, computed.loss_sum, computed.tokens, compute_s)
+        begun = self._contributor.contribute(dealt.step, contribution, dealt.loss_scale)
+        duty.done()
+        spent = duty.push(begun, time.monotonic() - started - duty.waited())
         metrics.COMPUTE_SECONDS.observe(spent.compute_s)
         metrics.PUSH_SECONDS.observe(spent.push_s)

@@ -1,0 +1,233 @@
+"""Sends chunks of the gradient as they become ready, beside whoever computes.
+
+A chunk is encoded at the moment in which its stream has room for it, so that nothing waits in memory.
+Where the payload goes through shared memory only its place is told, and places that become ready while
+the stream is busy are told together.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import xxhash
+
+from ps.client.links import ShardLinks
+from ps.client.shared import SharedPlaces
+from ps.errors import WaitTimeout
+from ps.sharding import Chunk
+from ps.types import WireDtype
+from ps.wire import frame
+from ps.wire.messages import Push, PushPlaced
+
+#: What waiting for room takes at most is the links' (they give up a shard that hangs); this is a multiple of it.
+SETTLE_S = 120.0
+
+
+class Encoder(Protocol):
+    """Where the gradient is."""
+
+    def encode(self, chunk: Chunk, slots: int, room: np.ndarray) -> bytes:
+        """Write a chunk of the computed gradient, divided by `slots`, into `room`; returns the presence map."""
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What rides in the header of every chunk of a contribution."""
+
+    step: int
+    index: int
+    loss_scale: float
+    #: Returns the sum over its slots of the micro-batch's mean loss, unscaled, and the tokens: they may still be on
+    #: their way from the device when the first chunk is ready.
+    report: Callable[[], tuple[float, int]]
+
+
+@dataclass(frozen=True)
+class _Job:
+    contribution: Contribution
+    slots: int
+    chunk: Chunk
+    #: Who pushes, under which fence.
+    identity: dict[str, Any]
+
+
+@dataclass
+class _Told:
+    """Places in one shard's memory that it has not been told of."""
+
+    header: PushPlaced
+    places: SharedPlaces
+    num_bytes: int = 0
+    chunks: list[list[Any]] = field(default_factory=list)
+
+
+class Pusher:
+    """One thread that encodes and sends. `put`, `settle` and `close` are the owner's."""
+
+    def __init__(
+        self,
+        links: ShardLinks,
+        encoder: Encoder,
+        places_of: Callable[[int], SharedPlaces | None],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        """
+        Args:
+            places_of: what is shared with a shard now.
+            on_failure: a chunk could not be encoded; called in the pusher's thread.
+        """
+        self.wire = WireDtype.FP16
+        self._links = links
+        self._encoder = encoder
+        self._places_of = places_of
+        self._on_failure = on_failure
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        self._unfinished = 0
+        #: Held while the gradient is read: nobody may overwrite it or give its memory back meanwhile.
+        self._reading = threading.Lock()
+        #: The contribution whose gradient is there.
+        self._buffered: Contribution | None = None
+        self._told: dict[int, _Told] = {}
+        self._thread: threading.Thread | None = None
+
+    def put(self, contribution: Contribution, slots: int, chunk: Chunk) -> None:
+        """Push a chunk of the gradient that is there now, soon."""
+        with self._changed:
+            self._unfinished += 1
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="pusher", daemon=True)
+            self._thread.start()
+        self._jobs.put(_Job(contribution, slots, chunk, self._links.identity()))
+
+    def hold(self, contribution: Contribution) -> None:
+        """The gradient is that of this contribution from now on."""
+        with self._reading:
+            self._buffered = contribution
+
+    @property
+    def buffered(self) -> Contribution | None:
+        """The contribution whose gradient is there."""
+        with self._reading:
+            return self._buffered
+
+    def drop(self) -> bool:
+        """The gradient is not needed any more; False when there was none."""
+        with self._reading:
+            was, self._buffered = self._buffered, None
+            return was is not None
+
+    def settle(self) -> None:
+        """Wait until everything that was put is sent, or dropped with its stream.
+
+        Raises:
+            WaitTimeout: it takes implausibly long.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._unfinished, SETTLE_S):
+                raise WaitTimeout(f"{self._unfinished} chunks of a gradient were not taken by their shards in time")
+
+    def close(self) -> None:
+        self._jobs.put(None)
+
+    # -- The thread's ---------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while (job := self._next()) is not None:
+            try:
+                self._push(job)
+            except BaseException as failure:  # noqa: BLE001 - the owner's thread raises it
+                self._on_failure(failure)
+            finally:
+                with self._changed:
+                    self._unfinished -= 1
+                    if not self._unfinished:
+                        self._changed.notify_all()
+
+    def _next(self) -> _Job | None:
+        try:
+            return self._jobs.get_nowait()
+        except queue.Empty:
+            for shard in list(self._told):
+                self._tell(shard)
+            return self._jobs.get()
+
+    def _push(self, job: _Job) -> None:
+        contribution, chunk = job.contribution, job.chunk
+        places = self._places_of(chunk.shard)
+        room = places.room(contribution.step, contribution.index, chunk) if places is not None else None
+        if places is not None and room is not None:
+            self._write(job, places, *room)
+            return
+        blank = self._header(job, bytes(8), bytes(chunk.presence_bytes))
+        # Hash and presence map have a fixed length, so the frame is laid out before they are known.
+        draft = frame.Draft(blank.pack(), self.wire.numpy, chunk.size)
+        present = self._encode(job, draft.payload)
+        if present is None:
+            return
+        draft.rewrite(self._header(job, xxhash.xxh3_64_digest(draft.payload.data), present).pack())
+        self._links.send(chunk.shard, draft.data)
+
+    def _encode(self, job: _Job, room: np.ndarray) -> bytes | None:
+        """The presence map; None: the gradient is not there any more."""
+        with self._reading:
+            if self._buffered is not job.contribution:
+                return None
+            return self._encoder.encode(job.chunk, job.slots, room)
+
+    def _write(self, job: _Job, places: SharedPlaces, place: int, room: np.ndarray) -> None:
+        present = self._encode(job, room)
+        if present is None:
+            return
+        shard = job.chunk.shard
+        told = self._told.get(shard)
+        if told is not None and (told.places is not places or told.header.contribution != job.contribution.index):
+            self._tell(shard)
+            told = None
+        if told is None:
+            told = self._told[shard] = _Told(self._placed(job, places), places)
+        told.chunks.append([job.chunk.index, place, xxhash.xxh3_64_digest(room.data), present])
+        told.num_bytes += room.nbytes
+        if self._links.has_room(shard):
+            self._tell(shard)
+
+    def _tell(self, shard: int) -> None:
+        told = self._told.pop(shard)
+        encoded = frame.encode({**told.header.pack(), "chunks": told.chunks})
+        self._links.send(shard, encoded, told.num_bytes)
+
+    def _placed(self, job: _Job, places: SharedPlaces) -> PushPlaced:
+        loss_sum, tokens = job.contribution.report()
+        return PushPlaced(
+            **job.identity,
+            step=job.contribution.step,
+            contribution=job.contribution.index,
+            slots=job.slots,
+            loss_scale=job.contribution.loss_scale,
+            dtype=str(self.wire),
+            loss_sum=loss_sum,
+            tokens=tokens,
+            greeting=places.greeting,
+            chunks=[],
+        )
+
+    def _header(self, job: _Job, digest: bytes, present: bytes) -> Push:
+        loss_sum, tokens = job.contribution.report()
+        return Push(
+            **job.identity,
+            step=job.contribution.step,
+            contribution=job.contribution.index,
+            chunk=job.chunk.index,
+            slots=job.slots,
+            loss_scale=job.contribution.loss_scale,
+            dtype=str(self.wire),
+            hash=digest,
+            present=present,
+            loss_sum=loss_sum,
+            tokens=tokens,
+        )
