@@ -68,6 +68,8 @@ class TrainingConfig(Section):
     """Stop when the held-out loss, in nats per token, is at most this."""
     step_timeout_s: Positive = 600.0
     """A contribution that is not complete so long after it was dealt is given to somebody else."""
+    eager: bool = True
+    """Where nothing global is to be decided (wire BF16 or FP32, no clipping) update a chunk as soon as it is reduced."""
 
     @property
     def end(self) -> int:
@@ -228,6 +230,12 @@ class RunConfig(Section):
                 "carry: set precision.wire=fp16, or a precision.loss_scale.static"
             )
         return self
+
+    @property
+    def is_eager(self) -> bool:
+        """Whether steps need no decision before their updates: no norm to clip by, no loss scale to adapt."""
+        free = self.precision.wire is not WireDtype.FP16 and not self.optimizer.clip_norm
+        return self.training.eager and free
 
     @property
     def run_name(self) -> str:

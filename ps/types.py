@@ -179,6 +179,15 @@ class Decision:
         """The version that this decision makes."""
         return self.step + 1
 
+    def updates_as(self, other: Decision) -> bool:
+        """Whether it does the same to weights and moments as another decision of its step."""
+        return self._update == other._update
+
+    @property
+    def _update(self) -> tuple[object, ...]:
+        corrections = (self.bias_correction1, self.bias_correction2)
+        return (self.step, self.skip, self.applied, self.gradient_multiplier, self.groups, *corrections)
+
 
 def slot_range(contribution: int, contributions: int, slots: int) -> range:
     """Return the slots of a contribution: consecutive, and K_c = G/C up to one.

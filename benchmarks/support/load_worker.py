@@ -96,7 +96,7 @@ def main(coordinator: str, rank: int, parameters: int) -> None:
     )
     session.start()
     try:
-        duty = Duty(session, inbox, client, config.batch.micro_batches_per_step, wire)
+        duty = Duty(session, inbox, client, config.batch.micro_batches_per_step, wire, eager=config.is_eager)
         Worker(session, inbox, duty, Ready(duty)).run()
     finally:
         client.close()

@@ -70,7 +70,7 @@ class Client:
         self._arrays = arrays
         self._config = config
         slots, wire = config.batch.micro_batches_per_step, config.precision.wire
-        self._duty = Duty(session, inbox, client, slots, wire)
+        self._duty = Duty(session, inbox, client, slots, wire, eager=config.is_eager)
         #: When each contribution of the open step was handed out.
         self._handed_at: dict[int, float] = {}
         #: Why it is over: the coordinator's word, or this client's own.

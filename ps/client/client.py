@@ -106,8 +106,13 @@ class ParameterClient:
         slots: int,
         contributions: int,
         dtype: WireDtype,
+        *,
+        eager: bool = False,
     ) -> None:
         """Serve under a fence: forget what was pushed and pulled under another one.
+
+        Args:
+            eager: weights of the next version may come before the open step is decided.
 
         Raises:
             MismatchError: the coordinator's plan is not the one that follows from this worker's table.
@@ -121,6 +126,7 @@ class ParameterClient:
             )
         self._slots, self._contributions, self._dtype = slots, contributions, dtype
         self._pusher.wire = dtype
+        self.pulled.eager = eager
         self._ledger = Ledger(self._plan)
         self._drop_gradient()
         self.pulled.reset()
@@ -244,10 +250,10 @@ class ParameterClient:
 
             self.pulled.take(shard, chunk.index, header.applied, is_alive, write)
             return
-        for index, place, sequence in header.chunks:
+        for index, *where in header.chunks:
             places = self._places.get(shard)
             chunk = self._chunk(shard, index)
-            published = places.published(chunk, place, sequence) if places is not None else None
+            published = places.published(chunk, *where) if places is not None else None
             if published is None:
                 # Of an earlier greeting: the answer to the present one has them asked for again.
                 return

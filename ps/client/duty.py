@@ -70,11 +70,13 @@ class Duty:
         wire: WireDtype,
         *,
         layerwise: bool = False,
+        eager: bool = False,
     ) -> None:
         """
         Args:
             slots: G, micro-batches in a step.
             layerwise: whoever computes waits for the weights of each layer, by `await_weights`.
+            eager: weights of the next version may come before the open step is decided.
         """
         self._session = session
         self._inbox = inbox
@@ -82,6 +84,7 @@ class Duty:
         self._slots = slots
         self._wire = wire
         self._layerwise = layerwise
+        self._eager = eager
         self.fence: Fence | None = None
         self.contributions = 0
         self.dealt: Dealt | None = None
@@ -141,6 +144,7 @@ class Duty:
             self._slots,
             self.contributions,
             self._wire,
+            eager=self._eager,
         )
         log.info("serving under %s: step %d, %d shards", self.fence, cluster.step, len(addresses))
 
@@ -196,7 +200,8 @@ class Duty:
             return None
         if self._client.pulled.use(dealt.step, early=self._layerwise):
             return dealt
-        if not self._client.pulled.is_torn:
+        # Torn by the next version means that this one is decided; but where steps are eager it may still be needed.
+        if self._eager or not self._client.pulled.is_torn:
             self.pull()
         return None
 

@@ -80,10 +80,12 @@ class PulledModel:
     def __init__(self, on_decided: Callable[[], None], on_progress: Callable[[], None]) -> None:
         """
         Args:
-            on_decided: called in a stream's thread before the first new weights are written: they prove that
-                the step before them is decided.
+            on_decided: called in a stream's thread when new weights prove that the step before them lacks nothing:
+                the first of them do, or, where steps are eager, only all of them.
             on_progress: called in a stream's thread when the first weights of a version are there, and the last.
         """
+        #: Weights may come before the step is decided.
+        self.eager = False
         self._on_decided = on_decided
         self._on_progress = on_progress
         self._changed = threading.Condition()
@@ -219,7 +221,7 @@ class PulledModel:
             self._writing += 1
         intact = False
         try:
-            if first:
+            if first and not self.eager:
                 self._on_decided()
             intact = write()
         finally:
@@ -231,6 +233,8 @@ class PulledModel:
                     pulling.came(shard, chunk)
                     self._note(pulling)
                 self._changed.notify_all()
+        if intact and self.eager and pulling.complete:
+            self._on_decided()
         if first or not intact or pulling.complete:
             self._on_progress()
 

@@ -58,7 +58,6 @@ class SharedPlaces:
         self._dtype = dtype
         self._shard = shard
         self._offsets: dict[int, int] = {}
-        self._positions = {chunk.index: position for position, chunk in enumerate(plan.chunks_of(shard))}
         position = 0
         for chunk in plan.chunks_of(shard):
             self._offsets[chunk.index] = position
@@ -154,7 +153,7 @@ class SharedPlaces:
         place = lane * self._lane_bytes + self._offsets[chunk.index]
         return place, gradients.array(self._dtype.numpy, place, chunk.size)
 
-    def published(self, chunk: Chunk, place: int, sequence: int) -> Published | None:
+    def published(self, chunk: Chunk, place: int, slot: int, sequence: int) -> Published | None:
         """The published weights that a shard has told of; None: nothing is shared (any more).
 
         Raises:
@@ -164,5 +163,4 @@ class SharedPlaces:
         if segment is None:
             return None
         weights = segment.array(self._dtype.numpy, place, chunk.size)
-        position = self._positions[chunk.index]
-        return Published(weights, segment.array(np.dtype(np.int64), 0, position + 1)[position:], sequence)
+        return Published(weights, segment.array(np.dtype(np.int64), 0, slot + 1)[slot:], sequence)

@@ -47,6 +47,14 @@ class TellDecision:
 
 
 @dataclass(frozen=True)
+class TellForegone:
+    """Tell a shard what the decision of the open step will do."""
+
+    shard: int
+    decision: Decision
+
+
+@dataclass(frozen=True)
 class TellSnapshot:
     """Ask a shard to write the state that it holds now."""
 
@@ -123,6 +131,7 @@ Action = (
     Configure
     | Journal
     | TellDecision
+    | TellForegone
     | TellSnapshot
     | TellCluster
     | TellDeal

@@ -71,6 +71,17 @@ def decide(config: RunConfig, state: TrainingState, reports: Sequence[Prepared],
     )
 
 
+def foregone(config: RunConfig, state: TrainingState, fence: Fence) -> Decision | None:
+    """What the decision of the open step does, known before any report; None: it depends on them.
+
+    It is the decision but for what describes the step (loss, norm). An overflow makes it wrong: such a
+    step is made again, and decided.
+    """
+    if not config.is_eager:
+        return None
+    return decide(config, state, [Prepared(fence, state.version, 0, (), ())], fence)
+
+
 def after(state: TrainingState, decision: Decision) -> TrainingState:
     """The state after a decision, made now or read from the journal."""
     scaler = LossScaler(decision.next_loss_scale, decision.next_hysteresis, decision.next_last_overflow)

@@ -90,6 +90,7 @@ class Effects:
             actions.Configure: self._configure,
             actions.Journal: self._append,
             actions.TellDecision: self._tell_decision,
+            actions.TellForegone: self._tell_foregone,
             actions.TellSnapshot: self._tell_snapshot,
             actions.TellCluster: self._tell_cluster,
             actions.TellDeal: self._tell_deal,
@@ -276,11 +277,14 @@ class Effects:
             self._loop.post(lambda _: machine.serving.configure_failed(shard, fence, control, other, True))
             return
         last = from_proto(Decision, response.last_decision) if response.HasField("last_decision") else None
-        inspection = Inspection(response.has_state, response.version, last)
+        inspection = Inspection(response.has_state, response.version, last, response.ahead)
         self._loop.post(lambda _: machine.serving.configured(shard, fence, control, inspection))
 
     def _tell_decision(self, action: actions.TellDecision) -> None:
         self._sessions.tell((Role.SHARD, action.shard), decision=to_proto(action.decision))
+
+    def _tell_foregone(self, action: actions.TellForegone) -> None:
+        self._sessions.tell((Role.SHARD, action.shard), foregone=to_proto(action.decision))
 
     def _tell_snapshot(self, action: actions.TellSnapshot) -> None:
         wanted = pb.WriteSnapshot(fence=to_proto(action.fence), version=action.version)

@@ -28,6 +28,8 @@ class History:
         #: Decisions that a rollback took back; made again, they must be the same.
         self.superseded: dict[int, Decision] = {}
         self.evaluations: dict[int, dict[str, Any]] = {}
+        #: Steps that overflowed when they were eager: they are made again, and decided.
+        self.decided_steps: set[int] = set()
         #: Steps that metrics.jsonl has a line of.
         self.recorded: set[int] = set()
         for record in records:
@@ -108,6 +110,8 @@ class History:
             self.note(from_record(Decision, record))
         elif kind == "applied":
             self.recorded.add(record["step"])
+        elif kind == "overflow":
+            self.decided_steps.add(record["step"])
         elif kind == "rollback":
             self.rollback(record["version"])
         elif kind == "evaluation":

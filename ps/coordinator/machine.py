@@ -83,6 +83,7 @@ class Machine(Run):
             # First the last decision; what the shard still lacks follows from its own reports.
             if self.last_decision is not None:
                 self.tell_decision(member.rank, self.last_decision)
+            self.steps.tell_foregone(member.rank)
             if self.snapshots.is_pending(self.state.version):
                 self.ask(TellSnapshot(member.rank, self.fence, self.state.version))
 
@@ -176,6 +177,9 @@ class Machine(Run):
                 self._give_up_stopping(now)
             else:
                 self.steps.advance(now)
+                if self.recovery_reason:
+                    self.serving.gather(self.recovery_reason)
+                    self.recovery_reason = ""
         if now >= self._look_at:
             self._look_at = now + LOOK_S
             self.waits(now)

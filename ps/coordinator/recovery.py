@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ps.coordinator.decision import TrainingState
@@ -27,17 +27,24 @@ class Inspection:
     has_state: bool
     version: int
     last_decision: Decision | None
+    #: Chunks of the open step are updated already.
+    ahead: bool = False
 
 
-def surviving_version(inspections: Sequence[Inspection], last: Decision | None) -> int | None:
+def surviving_version(
+    inspections: Sequence[Inspection], last: Decision | None, decided_steps: Collection[int] = ()
+) -> int | None:
     """The version that the shards can go on from without loading anything, or None.
 
     Shards may be one decision apart: the last decision, told again, brings the others there.
 
     Args:
         last: the last decision in the journal, after what shards knew was adopted.
+        decided_steps: those that must not be eager; a shard that is ahead in one holds no version.
     """
     if not inspections or not all(inspection.has_state for inspection in inspections):
+        return None
+    if any(inspection.ahead and inspection.version in decided_steps for inspection in inspections):
         return None
     versions = {inspection.version for inspection in inspections}
     version = last.version if last is not None else 0

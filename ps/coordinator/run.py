@@ -42,6 +42,8 @@ class Run:
         self.last_decision: Decision | None = None
         #: Why the run was asked to stop.
         self.stop_reason: str | None = None
+        #: Why the shards must be made to serve anew; empty: they need not.
+        self.recovery_reason = ""
         self.since = Since()
         self._actions: list[Action] = []
 
@@ -62,6 +64,10 @@ class Run:
     def tell_decision(self, shard: int, decision: Decision) -> None:
         """Tell a decision under the present fence, whenever it was made."""
         self.ask(TellDecision(shard, replace(decision, fence=self.fence)))
+
+    def recover(self, why: str) -> None:
+        """Have the cluster made to serve anew."""
+        self.recovery_reason = why
 
     def end(self, ok: bool, reason: str) -> None:
         """End the run."""

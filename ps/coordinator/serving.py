@@ -164,7 +164,7 @@ class Serving:
         inspections = [self._inspections[shard] for shard in self._run.shards]
         if not self._adopt([i.last_decision for i in inspections if i.last_decision is not None]):
             return
-        version = surviving_version(inspections, self._run.history.last_decision)
+        version = surviving_version(inspections, self._run.history.last_decision, self._run.history.decided_steps)
         if version is not None:
             log.info("every shard still holds its state: going on at version %d", version)
             self._run.last_decision = self._run.history.decisions.get(version - 1)
@@ -235,7 +235,7 @@ class Serving:
                     self._run.tell_decision(shard, self._run.last_decision)
                 else:
                     self._steps.note_applied(shard)
-            self._steps.begin_step(now)
+            self._steps.resume(any(inspection.ahead for inspection in self._inspections.values()), now)
 
     def _initializing(self, now: float) -> None:
         if self._run.stop_reason is not None:

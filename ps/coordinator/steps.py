@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 
-from ps.coordinator.actions import Journal, PrepareCheckpoint, Record, TellDeal, TellSnapshot
+from ps.coordinator.actions import Journal, PrepareCheckpoint, Record, TellDeal, TellForegone, TellSnapshot
 from ps.coordinator.dealing import Dealing
-from ps.coordinator.decision import after, decide, same_content
+from ps.coordinator.decision import after, decide, foregone, same_content
 from ps.coordinator.evaluation import Evaluation
+from ps.coordinator.recovery import choose_checkpoint
 from ps.coordinator.run import Run
 from ps.coordinator.timings import Speed, Spent, Timings, finite
-from ps.types import Applied, Fence, Prepared
+from ps.types import Applied, Decision, Fence, Prepared
 from ps.wire.proto import to_record
 
 log = logging.getLogger(__name__)
@@ -30,11 +31,16 @@ class Steps:
         self.spent: dict[int, Spent] = {}
         self._reports: dict[int, Prepared] = {}
         self._applied: dict[int, Applied] = {}
+        #: What shards may do of the open step without its decision.
+        self._foregone: Decision | None = None
+        #: Shards may have updated chunks of the open step.
+        self._ahead = False
 
     def reset(self) -> None:
         """A new fence: what belongs to another one is forgotten."""
         self._reports.clear()
         self._applied.clear()
+        self._foregone = None
         self.evaluation = None
         self._closed_at = None
         self.dealing = Dealing(self._run.history.contributions)
@@ -97,13 +103,25 @@ class Steps:
             self._deal(now)
         if self.is_over():
             self._finish()
+        elif self._run.stop_reason is not None and not self._run.members.live_workers():
+            self._give_up_step()
         elif not self._run.snapshots.has_first() and self._run.snapshots.failure(self._run.state.version):
             # Without it there is nothing to go back to, so nothing may be decided.
             failure = self._run.snapshots.failure(self._run.state.version)
             self._run.end(False, f"the first checkpoint could not be written: {failure}")
         elif self._may_decide():
             self._decide(now)
+        self._foresee()
         self._deal(now)
+
+    def resume(self, ahead: bool, now: float) -> None:
+        """Go on with the open step.
+
+        Args:
+            ahead: a shard has updated chunks of it already, so that it has to be completed.
+        """
+        self._ahead = ahead
+        self.begin_step(now)
 
     def begin_step(self, now: float) -> None:
         """Plan the work of the open step, and of the evaluation that is due before it."""
@@ -137,6 +155,42 @@ class Steps:
                     )
                 )
 
+    # -- Eager steps ----------------------------------------------------------------------------
+
+    def _foresee(self) -> None:
+        """Let the shards update without the decision, where it is foregone and nothing can stop the step any more."""
+        run = self._run
+        waits = self.evaluation is not None or not run.snapshots.has_first() or self.is_over()
+        if self._foregone is not None or waits or run.state.version in run.history.decided_steps:
+            return
+        self._foregone = foregone(run.config, run.state, run.fence)
+        self._ahead = self._foregone is not None
+        for shard in run.shards:
+            self.tell_foregone(shard)
+
+    def tell_foregone(self, shard: int) -> None:
+        """Tell a shard (again) what is foregone, if anything is."""
+        if self._foregone is not None:
+            self._run.ask(TellForegone(shard, self._foregone))
+
+    def _decide_later(self, step: int) -> None:
+        """An eager step overflowed: some chunks are updated that should not be. It is made again, and decided."""
+        log.warning("step %d overflowed after chunks of it were updated: going back, to skip it", step)
+        self._run.history.decided_steps.add(step)
+        self._run.ask(Journal({"type": "overflow", "step": step}, sync=True))
+        self._run.recover(f"step {step} overflowed")
+
+    def _give_up_step(self) -> None:
+        """Asked to stop in the middle of an eager step, which nobody is left to complete."""
+        newest = choose_checkpoint(self._run.snapshots.candidates)
+        left = f"the last checkpoint is {newest.name}" if newest is not None else "there is no checkpoint"
+        self._run.end(
+            False,
+            f"{self._run.stop_reason}, but step {self._run.state.version} is half done and no worker is left; {left}",
+        )
+
+    # -- Decisions ------------------------------------------------------------------------------
+
     def _may_decide(self) -> bool:
         shards = self._run.config.cluster.shards
         return (
@@ -160,6 +214,10 @@ class Steps:
 
     def _decide(self, now: float) -> None:
         decision = decide(self._run.config, self._run.state, list(self._reports.values()), self._run.fence)
+        if self._ahead and decision.skip:
+            self._decide_later(decision.step)
+            return
+        self._foregone, self._ahead = None, False
         before = self._run.history.superseded.get(decision.step)
         if before is not None and not same_content(before, decision):
             log.error(
@@ -219,7 +277,8 @@ class Steps:
         return target is not None and result is not None and result["loss"] <= target
 
     def is_over(self) -> bool:
-        return self._reached_end() or self._target_reached() or self._run.stop_reason is not None
+        stopped = self._run.stop_reason is not None and not self._ahead
+        return self._reached_end() or self._target_reached() or stopped
 
     def _finish(self) -> None:
         """Save the present version, then leave."""

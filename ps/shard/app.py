@@ -155,6 +155,8 @@ class ShardApp:
         try:
             if kind == "decision":
                 engine.decide(from_proto(Decision, message.decision))
+            elif kind == "foregone":
+                engine.foresee(from_proto(Decision, message.foregone))
             elif kind == "write_snapshot":
                 engine.snapshot(message.write_snapshot.version)
         except (StaleFence, NotServing) as error:

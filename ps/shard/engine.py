@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 #: Snapshots that may be on their way to the disk when the next update begins.
 MAX_SNAPSHOTS = 2
+#: A push of the next step waits so long for the decision of the open one.
+OPEN_S = 5.0
 #: What the kernels at work may take to end before state is loaded.
 QUIESCE_S = 60.0
 
@@ -68,10 +70,12 @@ class ShardEngine:
             run, config.batch.micro_batches_per_step, contributions, dtype, config.determinism == "strict"
         )
         self.protocol = StepProtocol(self.plan, shard, shape)
-        self.store = Store(self.chunks, Update(config.optimizer, dtype), dtype)
+        self.store = Store(self.chunks, Update(config.optimizer, dtype), dtype, eager=config.is_eager)
         self.outbox = Outbox()
         #: Guards the protocol.
         self.lock = threading.RLock()
+        #: Notified when another step is open.
+        self._opened = threading.Condition(self.lock)
         #: Streams that wait for weights; each has a condition over `lock`.
         self.waiting: set[threading.Condition] = set()
         self.has_state = False
@@ -103,6 +107,7 @@ class ShardEngine:
     def adopt(self, fence: Fence) -> None:
         with self.lock:
             self.protocol.adopt(fence)
+            self._opened.notify_all()
             self._wake()
 
     def load(self, fence: Fence, checkpoint: Path | None, manifest_sha256: str) -> None:
@@ -121,6 +126,7 @@ class ShardEngine:
             self.protocol.close()
             self.has_state = self._loaded = False
             self._prepared = self._last_applied = None
+            self._opened.notify_all()
             self._wake()
         self._quiesce()
         with self.lock:
@@ -207,6 +213,9 @@ class ShardEngine:
         """
         payload_hash = header.hash if shared else xxhash.xxh3_64_digest(payload)
         with self.lock:
+            if self.protocol.is_early(header):
+                # Its worker has every weight of the next version, and was faster than the decision that opens it.
+                self._opened.wait_for(lambda: not self.protocol.is_early(header), OPEN_S)
             accepted = self.protocol.push(header, payload, payload_hash)
             if accepted.conflicting:
                 metrics.CONFLICTS.inc()
@@ -251,16 +260,22 @@ class ShardEngine:
                 if self._last_applied is not None and self._last_applied.step == decision.step:
                     self.outbox.applied(self._last_applied)
                 return
-            for chunk in chunks:
-                metrics.JOBS_WAITING.inc()
-                self._pool.submit(self._guarded, self._apply, decision, chunk)
+            self._submit_updates(decision, chunks)
             if self.protocol.step > before:
-                self._skipped(decision)
+                # Nothing is to be updated, or everything is.
+                for index, published in self.store.published.items():
+                    self.store.published[index] = replace(published, version=decision.version)
+                self._close_step(decision)
 
-    def _skipped(self, decision: Decision) -> None:
-        for index, published in self.store.published.items():
-            self.store.published[index] = replace(published, version=decision.version)
-        self._close_step(decision)
+    def foresee(self, decision: Decision) -> None:
+        """Update chunks as they are reduced, by what the decision of their step will be."""
+        with self.lock:
+            self._submit_updates(decision, self.protocol.foresee(decision))
+
+    def _submit_updates(self, decision: Decision, chunks: list[Chunk]) -> None:
+        for chunk in chunks:
+            metrics.JOBS_WAITING.inc()
+            self._pool.submit(self._guarded, self._apply, decision, chunk)
 
     def _apply(self, decision: Decision, chunk: Chunk) -> None:
         # A disk slower than the steps slows the steps down; it never piles up copies.
@@ -268,7 +283,7 @@ class ShardEngine:
         for snapshot in self._snapshots:
             snapshot.protect(chunk)
         with self.lock:
-            if self.protocol.deciding is not decision:
+            if not self.protocol.begin_update(chunk, decision):
                 return
             present = self.protocol.present(chunk)
             self.store.retract(chunk)
@@ -277,8 +292,9 @@ class ShardEngine:
         metrics.APPLIED_ELEMENTS.inc(chunk.size)
         with self.lock:
             self.store.published[chunk.index] = published
-            if self.protocol.published(chunk):
-                self._close_step(decision)
+            closing = self.protocol.deciding
+            if self.protocol.published(chunk) and closing is not None:
+                self._close_step(closing)
             self._wake()
 
     def _close_step(self, decision: Decision) -> None:
@@ -286,6 +302,8 @@ class ShardEngine:
         metrics.STEP.set(decision.version)
         logs.bind(step=decision.version)
         self._prepared = None
+        self.store.close_step()
+        self._opened.notify_all()
         if decision.snapshot:
             self.snapshot(decision.version)
         self._last_applied = Applied(self.protocol.fence, decision.step, self.shard, self.store.state_hash)
@@ -314,7 +332,8 @@ class ShardEngine:
     def snapshot(self, version: int) -> None:
         """Begin to write the present state; the result goes to the outbox. Lock held or not."""
         with self.lock:
-            if not self.has_state or self.protocol.step != version or self.protocol.deciding is not None:
+            between = self.protocol.deciding is not None or self.protocol.is_ahead
+            if not self.has_state or self.protocol.step != version or between:
                 raise NotServing(f"shard {self.shard} is at version {self.protocol.step}, not {version}")
             self._snapshots = [snapshot for snapshot in self._snapshots if not snapshot.join(0)]
             if any(snapshot.target.version == version for snapshot in self._snapshots):
@@ -399,7 +418,13 @@ class ShardEngine:
             following = reduction.done(job)
             if following is not None:
                 self._submit(following)
+            if reduction.reduced:
+                reduction.finite = bool(np.isfinite(self.store.square_sums(job.chunk)).all())
+            foregone = self.protocol.foregone
             self._report_if_prepared()
+        if reduction.reduced and foregone is not None:
+            # While what was reduced is still in the cache.
+            self._apply(foregone, job.chunk)
 
     def _report_if_prepared(self) -> None:
         if self._prepared is None and self.protocol.serving and self.protocol.all_reduced:

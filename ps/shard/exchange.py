@@ -195,13 +195,13 @@ class Exchange:
         applied = -1
         while cursor.next < len(engine.chunks):
             chunk = engine.chunks[cursor.next]
-            published = engine.store.published[chunk.index]
+            published = engine.store.at(chunk, request.version)
             if published.version != request.version:
                 break
             if published.applied != request.applied:
                 if not self._sharing.ready or published.place < 0:
                     break
-                placed.append([chunk.index, published.place, published.sequence])
+                placed.append([chunk.index, published.place, published.slot, published.sequence])
                 applied = published.applied
                 self._bytes.sent.inc(chunk.size * engine.store.dtype.itemsize)
             cursor.next += 1
@@ -220,7 +220,7 @@ class Exchange:
             return None
         cursor.next += 1
         self._end_if_done(cursor)
-        return engine.store.frame(chunk)
+        return engine.store.frame(chunk, published)
 
     def _end_if_done(self, cursor: _Cursor) -> None:
         if cursor.next == len(self._engine.chunks):

@@ -68,13 +68,17 @@ class StepProtocol:
         self.loss_scale = 1.0
         self.deciding: Decision | None = None
         self.last_decision: Decision | None = None
+        #: What the decision of a step will do, where it is known before it.
+        self.foregone: Decision | None = None
         self._chunks = {chunk.index: chunk for chunk in plan.chunks_of(shard)}
         self._slots = [len(slot_range(c, shape.contributions, shape.slots)) for c in range(shape.contributions)]
         self._reports: dict[int, ContributionReport] = {}
         #: Chunks held, by contribution.
         self._chunks_held: list[int] = []
         self._initial: set[int] | None = None
+        #: Chunks of the open step that are not updated, and those that are or are about to be.
         self._unpublished: set[int] = set()
+        self._updating: set[int] = set()
         self._reductions: dict[int, ChunkReduction] = {}
         self._reset()
 
@@ -89,8 +93,7 @@ class StepProtocol:
     def close(self) -> None:
         """Stop serving and forget the open step, before state is loaded."""
         self.serving = False
-        self.deciding = None
-        self.last_decision = None
+        self.deciding = self.last_decision = self.foregone = None
         self._initial = None
         self._reset()
 
@@ -98,6 +101,7 @@ class StepProtocol:
         """Start empty: every chunk's initial values will come."""
         self._initial = set()
         self.step = self.applied = 0
+        self._reset()
 
     def serve(self, step: int, applied: int, loss_scale: float) -> None:
         """Open for workers. What is held of the same step with the same loss scale stays.
@@ -235,13 +239,45 @@ class StepProtocol:
                 f"decision {decision.step} came while step {self.step} has {self.chunks_reduced} of "
                 f"{len(self._chunks)} chunks reduced"
             )
+        if self.is_ahead and not (self.foregone is not None and decision.updates_as(self.foregone)):
+            raise DecisionRejected(f"decision {decision.step} is another one than was foregone, and chunks are updated")
         self.deciding = decision
-        if decision.skip:
+        if decision.skip or not self._unpublished:
             self._open_next()
             return []
-        chunks = list(self._chunks.values())
-        self._unpublished = {chunk.index for chunk in chunks}
-        return chunks
+        return [chunk for chunk in self._chunks.values() if chunk.index not in self._updating]
+
+    def foresee(self, decision: Decision) -> list[Chunk]:
+        """Hear what the decision of the open step, or of the next one, will do; returns the chunks to update now."""
+        if decision.fence != self.fence:
+            raise StaleFence(f"what is foregone under {decision.fence}, where this shard is at {self.fence}")
+        if decision.step < self.step:
+            return []
+        self.foregone = decision
+        return [chunk for chunk in self._chunks.values() if self.may_foresee(chunk)]
+
+    def may_foresee(self, chunk: Chunk) -> bool:
+        """Whether a chunk can be updated before the decision."""
+        reduction = self._reductions[chunk.index]
+        known = self.foregone is not None and self.foregone.step == self.step and self.deciding is None
+        return known and self.serving and reduction.finite and chunk.index not in self._updating
+
+    def begin_update(self, chunk: Chunk, decision: Decision) -> bool:
+        """A chunk is about to be updated; False: not by this decision, or it is already."""
+        foreseen = decision is self.foregone and self.may_foresee(chunk)
+        if not foreseen and (decision is not self.deciding or chunk.index in self._updating):
+            return False
+        self._updating.add(chunk.index)
+        return True
+
+    def is_early(self, header: Push) -> bool:
+        """Whether a push is of the next step, and only the decision of the open one is missing."""
+        return self.is_ahead and not self._unpublished and header.step == self.step + 1 and header.fence == self.fence
+
+    @property
+    def is_ahead(self) -> bool:
+        """Chunks of the open step are updated, or about to be, without its decision."""
+        return bool(self._updating) and self.deciding is None
 
     def present(self, chunk: Chunk) -> np.ndarray:
         """Which runs of a chunk had a gradient in any contribution, as booleans."""
@@ -272,7 +308,8 @@ class StepProtocol:
         exact = self.shape.dtype is WireDtype.FP16
         self._reports = {}
         self._chunks_held = [0] * self.shape.contributions
-        self._unpublished = set()
+        self._unpublished = set(self._chunks)
+        self._updating = set()
         self._reductions = {
             index: ChunkReduction(chunk, self.shape.contributions, exact) for index, chunk in self._chunks.items()
         }

@@ -30,8 +30,10 @@ class Published:
     applied: int
     #: The encoded frame; made of the shared place when the first worker without one asks.
     frame: bytes | None
-    #: Where the weights are in shared memory, and with which sequence number; -1: they are not.
+    #: Where the weights are in shared memory; -1: they are not.
     place: int = -1
+    #: Which of the segment's sequence numbers is theirs, and what it is while they are there.
+    slot: int = 0
     sequence: int = 0
 
 
@@ -43,21 +45,29 @@ class Draft:
     #: Writable, wire dtype [chunk.size].
     payload: np.ndarray
     frame: bytes | None
+    place: int = -1
+    slot: int = 0
 
 
 class Publication:
     """The published weights of one shard."""
 
-    def __init__(self, chunks: Sequence[Chunk], dtype: WireDtype) -> None:
+    def __init__(self, chunks: Sequence[Chunk], dtype: WireDtype, copies: int = 1) -> None:
+        """
+        Args:
+            copies: versions of a chunk that are published at once: 2 where one may be needed beside the next.
+        """
+        self._copies = copies
         self._chunks = tuple(chunks)
         self._dtype = dtype
         self._places: dict[int, int] = {}
-        position = -(-len(self._chunks) * _SEQUENCE.itemsize // HEADER_BYTES) * HEADER_BYTES
+        position = -(-len(self._chunks) * copies * _SEQUENCE.itemsize // HEADER_BYTES) * HEADER_BYTES
         for chunk in self._chunks:
             self._places[chunk.index] = position
-            position += chunk.size * dtype.itemsize
+            position += chunk.size * dtype.itemsize * copies
         self._size = position
-        self._positions = {chunk.index: position for position, chunk in enumerate(self._chunks)}
+        #: The copy of each chunk that was written last.
+        self._slots = {chunk.index: position * copies for position, chunk in enumerate(self._chunks)}
         self.segment: Segment | None = None
         self._sequences = np.zeros(0, np.int64)
 
@@ -70,7 +80,7 @@ class Publication:
         if self.segment is None:
             segment = Segment.create(self._size)
             segment.claim(0, self._size)
-            self._sequences = segment.array(_SEQUENCE, 0, len(self._chunks))
+            self._sequences = segment.array(_SEQUENCE, 0, len(self._chunks) * self._copies)
             self.segment = segment
         return self.segment
 
@@ -80,22 +90,26 @@ class Publication:
             header = Weights(applied=applied, chunk=chunk.index, dtype=str(self._dtype))
             room = frame.Draft(header.pack(), self._dtype.numpy, chunk.size)
             return Draft(applied, room.payload, room.data)
-        self._sequences[self._positions[chunk.index]] += 1
-        return Draft(applied, self._payload(chunk), None)
+        before = self._slots[chunk.index]
+        turn = (before + 1) % self._copies
+        slot = before - before % self._copies + turn
+        self._slots[chunk.index] = slot
+        self._sequences[slot] += 1
+        place = self._places[chunk.index] + turn * chunk.size * self._dtype.itemsize
+        return Draft(applied, self._payload(chunk, place), None, place, slot)
 
-    def publish(self, chunk: Chunk, draft: Draft, version: int) -> Published:
+    def publish(self, draft: Draft, version: int) -> Published:
         """End what `draft` began."""
         if draft.frame is not None:
             return Published(version, draft.applied, draft.frame)
-        position = self._positions[chunk.index]
-        self._sequences[position] += 1
-        return Published(version, draft.applied, None, self._places[chunk.index], int(self._sequences[position]))
+        self._sequences[draft.slot] += 1
+        return Published(version, draft.applied, None, draft.place, draft.slot, int(self._sequences[draft.slot]))
 
     def encode(self, chunk: Chunk, published: Published) -> bytes:
         """The frame of a chunk that is published in shared memory."""
         header = Weights(applied=published.applied, chunk=chunk.index, dtype=str(self._dtype))
-        return frame.encode(header.pack(), self._payload(chunk))
+        return frame.encode(header.pack(), self._payload(chunk, published.place))
 
-    def _payload(self, chunk: Chunk) -> np.ndarray:
+    def _payload(self, chunk: Chunk, place: int) -> np.ndarray:
         assert self.segment is not None
-        return self.segment.array(self._dtype.numpy, self._places[chunk.index], chunk.size)
+        return self.segment.array(self._dtype.numpy, place, chunk.size)

@@ -60,6 +60,8 @@ class ChunkReduction:
     present: int = 0
     accumulator: np.ndarray | None = None
     reduced: bool = False
+    #: Reduced, without overflow.
+    finite: bool = False
     _waiting: list[Held] = field(default_factory=list)
     _folded: int = 0
     _busy: bool = False

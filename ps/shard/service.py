@@ -104,6 +104,7 @@ class ShardHost:
                 has_state=engine.has_state,
                 version=protocol.step,
                 applied=protocol.applied,
+                ahead=protocol.is_ahead,
             )
             last = protocol.deciding or protocol.last_decision
             if last is not None:

@@ -20,7 +20,13 @@ from ps.types import Decision, WireDtype
 class Store:
     """The state of one shard."""
 
-    def __init__(self, chunks: Sequence[Chunk], update: Update, dtype: WireDtype) -> None:
+    def __init__(self, chunks: Sequence[Chunk], update: Update, dtype: WireDtype, *, eager: bool = False) -> None:
+        """
+        Args:
+            eager: chunks are updated while others still wait for gradients: what is published of the version
+                before stays until the step is closed, for whoever has to compute with it again.
+        """
+        self._eager = eager
         self.chunks = tuple(chunks)
         self.update = update
         self.dtype = dtype
@@ -30,7 +36,7 @@ class Store:
         for chunk in chunks:
             self._offsets[chunk.index] = position
             position += chunk.size
-        self.publication = Publication(self.chunks, dtype)
+        self.publication = Publication(self.chunks, dtype, copies=2 if eager else 1)
         self._weights = float32_zeros(position)
         self._moments = {name: float32_zeros(position) for name in update.moment_names}
         self._mean = float32_zeros(position)
@@ -38,6 +44,8 @@ class Store:
         self._square_sums = {chunk.index: np.zeros(chunk.num_segments) for chunk in chunks}
         self._hashes = dict.fromkeys(self._offsets, 0)
         self.published: dict[int, Published] = {}
+        #: What was published before, of chunks that are updated in the open step.
+        self._before: dict[int, Published] = {}
 
     def _slice(self, array: np.ndarray, chunk: Chunk) -> np.ndarray:
         start = self._offsets[chunk.index]
@@ -81,31 +89,46 @@ class Store:
             draft.payload,
             chunk.start,
         )
-        return self.publication.publish(chunk, draft, decision.version)
+        return self.publication.publish(draft, decision.version)
 
     def encode(self, chunk: Chunk, version: int, applied: int) -> Published:
         """Encode the weights as they are, after they were loaded or initialized."""
         draft = self.publication.draft(chunk, applied)
         self.update.publish(self.weights(chunk), draft.payload)
         self._hashes[chunk.index] = self.update.state_hash(self.weights(chunk), self.moments(chunk), chunk.start)
-        return self.publication.publish(chunk, draft, version)
+        return self.publication.publish(draft, version)
 
     def retract(self, chunk: Chunk) -> None:
-        """What a chunk's place in shared memory holds is about to change: nobody may be told of it any more."""
-        if self.publication.segment is not None and chunk.index in self.published:
-            self.published[chunk.index] = replace(self.published[chunk.index], version=-1)
+        """A chunk is about to be published anew: nobody may be told any more of a place that is written again."""
+        published = self.published.get(chunk.index)
+        if published is None:
+            return
+        if self._eager:
+            self._before[chunk.index] = published
+        elif published.place >= 0:
+            self.published[chunk.index] = replace(published, version=-1)
 
-    def frame(self, chunk: Chunk) -> bytes:
-        """The frame of a published chunk, for a worker that shares no memory."""
-        published = self.published[chunk.index]
-        if published.frame is None:
-            published = replace(published, frame=self.publication.encode(chunk, published))
-            self.published[chunk.index] = published
-        assert published.frame is not None
-        return published.frame
+    def at(self, chunk: Chunk, version: int) -> Published:
+        """What is published of a chunk: this version where it is still there, else the newest."""
+        before = self._before.get(chunk.index)
+        return before if before is not None and before.version == version else self.published[chunk.index]
+
+    def close_step(self) -> None:
+        """The version before the present one is not needed any more."""
+        self._before.clear()
+
+    def frame(self, chunk: Chunk, published: Published) -> bytes:
+        """The frame of what `at` returned, for a worker that shares no memory."""
+        if published.frame is not None:
+            return published.frame
+        encoded = self.publication.encode(chunk, published)
+        if self.published[chunk.index] is published:
+            self.published[chunk.index] = replace(published, frame=encoded)
+        return encoded
 
     def clear(self) -> None:
         """Forget everything: zeros, nothing published."""
         for array in (self._weights, *self._moments.values()):
             array[:] = 0
         self.published.clear()
+        self._before.clear()

@@ -174,8 +174,8 @@ class Placed(Header):
     kind = "placed"
     applied: int
     dtype: str
-    #: (chunk, place, what the place's sequence number must still be when it has been read); a place is in bytes
-    #: from the start of the segment.
+    #: (chunk, place, slot, sequence); a place is in bytes from the start of the segment, and what was read there was
+    #: not torn if the segment's sequence number in that slot is still the one that is told here.
     chunks: list[list[Any]]
 
 
@@ -250,7 +250,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 #: The columns of `chunks`.
 _ROWS: dict[type[Header], tuple[Callable[[Any], bool], ...]] = {
     PushPlaced: (_is_int, _is_int, _is_hash, _CHECKS["bytes"][0]),
-    Placed: (_is_int, _is_int, _is_int),
+    Placed: (_is_int, _is_int, _is_int, _is_int),
 }
 #: By kind: name, check and what is wanted of each field.
 _LAYOUTS = {

@@ -187,7 +187,7 @@ def _build(
     client = ParameterClient(
         transport, inbox, int(session.member.rank), incarnation, table, flat, Sharing(job.launch.transport)
     )
-    duty = Duty(session, inbox, client, slots, wire, layerwise=True)
+    duty = Duty(session, inbox, client, slots, wire, layerwise=True, eager=job.is_eager)
     contributor = Contributor(
         module,
         flat,

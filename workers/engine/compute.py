@@ -88,6 +88,8 @@ class Contributor:
                 losses.append(loss.detach())
                 tokens += count
             loss, count = self._forward(step, slots[-1])
+            # What no layer asked for may be pushed as well.
+            self._steps.await_weights(None)
         losses.append(loss.detach())
         # One transfer at the end: the device is not waited for in between. Not every device has float64.
         loss_sums = device.fetch(torch.stack(losses))

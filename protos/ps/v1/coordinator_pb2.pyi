@@ -144,18 +144,20 @@ class Leave(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class SessionResponse(_message.Message):
-    __slots__ = ("cluster", "decision", "deal", "write_snapshot", "end")
+    __slots__ = ("cluster", "decision", "deal", "write_snapshot", "end", "foregone")
     CLUSTER_FIELD_NUMBER: _ClassVar[int]
     DECISION_FIELD_NUMBER: _ClassVar[int]
     DEAL_FIELD_NUMBER: _ClassVar[int]
     WRITE_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    FOREGONE_FIELD_NUMBER: _ClassVar[int]
     cluster: Cluster
     decision: _common_pb2.Decision
     deal: Deal
     write_snapshot: WriteSnapshot
     end: End
-    def __init__(self, cluster: _Optional[_Union[Cluster, _Mapping]] = ..., decision: _Optional[_Union[_common_pb2.Decision, _Mapping]] = ..., deal: _Optional[_Union[Deal, _Mapping]] = ..., write_snapshot: _Optional[_Union[WriteSnapshot, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ...) -> None: ...
+    foregone: _common_pb2.Decision
+    def __init__(self, cluster: _Optional[_Union[Cluster, _Mapping]] = ..., decision: _Optional[_Union[_common_pb2.Decision, _Mapping]] = ..., deal: _Optional[_Union[Deal, _Mapping]] = ..., write_snapshot: _Optional[_Union[WriteSnapshot, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., foregone: _Optional[_Union[_common_pb2.Decision, _Mapping]] = ...) -> None: ...
 
 class Cluster(_message.Message):
     __slots__ = ("fence", "plan_digest", "shards", "contributions", "step", "applied", "loss_scale")
