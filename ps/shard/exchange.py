@@ -21,6 +21,7 @@ from ps.telemetry.metrics import LinkBytes
 from ps.types import Fence, Role
 from ps.wire import frame
 from ps.wire.messages import (
+    MAX_PLACES,
     Ack,
     Attach,
     Header,
@@ -193,7 +194,7 @@ class Exchange:
             return None
         placed: list[list[int]] = []
         applied = -1
-        while cursor.next < len(engine.chunks):
+        while cursor.next < len(engine.chunks) and len(placed) < MAX_PLACES:
             chunk = engine.chunks[cursor.next]
             published = engine.store.at(chunk, request.version)
             if published.version != request.version:
@@ -206,7 +207,7 @@ class Exchange:
                 self._bytes.sent.inc(chunk.size * engine.store.dtype.itemsize)
             cursor.next += 1
         if placed:
-            # Everything that is there is told of at once: a frame costs more than what it says.
+            # What is there is told of at once: a frame costs more than what it says.
             self._end_if_done(cursor)
             return frame.encode(Placed(applied, str(engine.store.dtype), placed).pack())
         if cursor.next == len(engine.chunks):
