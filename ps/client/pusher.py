@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -102,6 +103,8 @@ class Pusher:
         #: The contribution whose gradient is there.
         self._buffered: Contribution | None = None
         self._untold: dict[int, _Untold] = {}
+        #: When the last chunk of each contribution of a step was sent, by the monotonic clock.
+        self._sent_at: dict[tuple[int, int], float] = {}
         self._thread: threading.Thread | None = None
 
     def put(self, contribution: Contribution, slots: int, chunk: Chunk) -> None:
@@ -123,6 +126,10 @@ class Pusher:
         """The contribution whose gradient is there."""
         with self._reading:
             return self._buffered
+
+    def sent_at(self, step: int, contribution: int) -> float | None:
+        """When the last of what was put of a contribution was sent, by the monotonic clock; None: nothing was."""
+        return self._sent_at.get((step, contribution))
 
     def forget(self) -> None:
         """The gradient is about to be overwritten; `settle` comes first."""
@@ -162,9 +169,15 @@ class Pusher:
     def _run(self) -> None:
         while (job := self._next()) is not None:
             self._guarded(self._push, job)
+            self._note_sent(job.contribution)
             with self._changed:
                 self._unfinished -= 1
                 self._changed.notify_all()
+
+    def _note_sent(self, contribution: Contribution) -> None:
+        if any(step != contribution.step for step, _ in self._sent_at):
+            self._sent_at = {}
+        self._sent_at[contribution.step, contribution.index] = time.monotonic()
 
     def _next(self) -> _Job | None:
         try:

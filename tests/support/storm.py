@@ -46,7 +46,7 @@ SHARDS = 2
 CONTRIBUTIONS = 4
 SLOTS = 8
 #: A storm in which nothing happens for so long hangs.
-STUCK_S = 30.0
+STUCK_S = 60.0
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from workers.config import JobConfig
 from workers.data.batches import HeldOut, TokenBatches
 from workers.data.kept import keep_where_the_run_is
 from workers.data.prepare import PreparedData, prepare
-from workers.engine import device
+from workers.engine import device, metrics
 from workers.engine.compute import Contributor
 from workers.engine.flat_model import FlatModel, without_values
 from workers.engine.worker import Worker
@@ -181,16 +181,23 @@ def _build(
     table = parameter_table(module, job.optimizer.decay_all)
     plan = make_plan(table, job.cluster.shards)
     initial_value = partial(module.initial_value, seed=job.seed)
-    flat = FlatModel(
-        module, plan, chosen, dtype, wire, accumulate_fp16, initial_value, overlap=job.worker.overlap
-    )
+    flat = FlatModel(module, plan, chosen, dtype, wire, accumulate_fp16, initial_value, overlap=job.worker.overlap)
     contributions = job.contributions
     slots = job.batch.micro_batches_per_step
     held_out = HeldOut(data, job.data.sequence_length, job.evaluation.max_sequences, contributions)
     client = ParameterClient(
         transport, inbox, int(session.member.rank), incarnation, table, flat, Sharing(job.launch.transport)
     )
-    duty = Duty(session, inbox, client, slots, wire, layerwise=job.worker.overlap, eager=job.is_eager)
+    duty = Duty(
+        session,
+        inbox,
+        client,
+        slots,
+        wire,
+        layerwise=job.worker.overlap,
+        eager=job.is_eager,
+        on_pushed=metrics.PUSH_SECONDS.observe,
+    )
     contributor = Contributor(
         module,
         flat,
