@@ -69,7 +69,7 @@ class TrainingConfig(Section):
     step_timeout_s: Positive = 600.0
     """A contribution that is not complete so long after it was dealt is given to somebody else."""
     eager: bool = True
-    """Where nothing global is to be decided (wire BF16 or FP32, no clipping) update a chunk as soon as it is reduced."""
+    """Where nothing global is to be decided (wire BF16 or FP32, no clipping) update chunks as they are reduced."""
 
     @property
     def end(self) -> int:
