@@ -121,7 +121,8 @@ def test_what_is_shared_counts_in_each_process_and_once_on_the_host() -> None:
     size = sum(shared.shard_elements)
     # A place for one contribution, and the published weights.
     assert shared.worker.num_bytes - framed.worker.num_bytes == 4 * size
-    places = sum(part.num_bytes for shard in shared.shards for part in shard.parts if part.name == "shared with workers")
+    parts = [part for shard in shared.shards for part in shard.parts]
+    places = sum(part.num_bytes for part in parts if part.name == "shared with workers")
     assert places == 2 * 2 * size
     roles = (shared.coordinator, *shared.shards, shared.worker, shared.worker)
     assert sum(role.num_bytes for role in roles) - shared.host_bytes == 2 * 4 * size
