@@ -233,9 +233,9 @@ class RunConfig(Section):
 
     @property
     def is_eager(self) -> bool:
-        """Whether steps need no decision before their updates: no norm to clip by, no loss scale to adapt."""
-        free = self.precision.wire is not WireDtype.FP16 and not self.optimizer.clip_norm
-        return self.training.eager and free
+        """Whether steps need no decision before their updates: no norm to clip by, and FP16 nowhere to overflow."""
+        half = self.precision.wire is WireDtype.FP16 or self.precision.compute == "fp16"
+        return self.training.eager and not half and not self.optimizer.clip_norm
 
     @property
     def run_name(self) -> str:

@@ -300,6 +300,9 @@ class ParameterClient:
             self._initialize_shard(event.shard)
         self._ask(event.shard)
         if header.step != self._ledger.step:
+            if header.step < self._ledger.step and self._ledger.lacks(event.shard):
+                # It updated every chunk before it hears so: what it refused goes again once the step is open there.
+                self.links.retry(event.shard)
             return
         held = {contribution: _chunks(bitmap, self.plan, event.shard) for contribution, bitmap in header.held}
         for contribution, chunks in self._ledger.missing_at(event.shard, held).items():

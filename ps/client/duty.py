@@ -84,7 +84,7 @@ class Duty:
         self._slots = slots
         self._wire = wire
         self._layerwise = layerwise
-        self._eager = eager
+        self.eager = eager
         self.fence: Fence | None = None
         self.contributions = 0
         self.dealt: Dealt | None = None
@@ -144,7 +144,7 @@ class Duty:
             self._slots,
             self.contributions,
             self._wire,
-            eager=self._eager,
+            eager=self.eager,
         )
         log.info("serving under %s: step %d, %d shards", self.fence, cluster.step, len(addresses))
 
@@ -201,7 +201,7 @@ class Duty:
         if self._client.pulled.use(dealt.step, early=self._layerwise):
             return dealt
         # Torn by the next version means that this one is decided; but where steps are eager it may still be needed.
-        if self._eager or not self._client.pulled.is_torn:
+        if self.eager or not self._client.pulled.is_torn:
             self.pull()
         return None
 

@@ -80,11 +80,11 @@ class PulledModel:
     def __init__(self, on_decided: Callable[[], None], on_progress: Callable[[], None]) -> None:
         """
         Args:
-            on_decided: called in a stream's thread when new weights prove that the step before them lacks nothing:
-                the first of them do, or, where steps are eager, only all of them.
+            on_decided: called in a stream's thread before the first new weights are written, where they prove that
+                the step before them is decided.
             on_progress: called in a stream's thread when the first weights of a version are there, and the last.
         """
-        #: Weights may come before the step is decided.
+        #: Weights may come before the step is decided: they prove nothing, and only the next deal does.
         self.eager = False
         self._on_decided = on_decided
         self._on_progress = on_progress
@@ -233,8 +233,6 @@ class PulledModel:
                     pulling.came(shard, chunk)
                     self._note(pulling)
                 self._changed.notify_all()
-        if intact and self.eager and pulling.complete:
-            self._on_decided()
         if first or not intact or pulling.complete:
             self._on_progress()
 

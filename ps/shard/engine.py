@@ -149,7 +149,7 @@ class ShardEngine:
                 for name, array in self.store.arrays(chunk).items():
                     reader.read(name, chunk.start, array)
         for chunk in self.chunks:
-            self.store.published[chunk.index] = self.store.encode(chunk, manifest.version, manifest.applied)
+            self.store.publish(chunk, self.store.encode(chunk, manifest.version, manifest.applied))
         with self.lock:
             self.protocol.restored(manifest.version, manifest.applied, manifest.scaler.scale)
             self._loaded = True
@@ -174,10 +174,11 @@ class ShardEngine:
 
     def _await_snapshots(self, most: int) -> None:
         """Wait until at most so many snapshots are on their way to the disk."""
-        while len(self._snapshots) > most:
-            oldest = self._snapshots[0]
+        while len(snapshots := self._snapshots) > most:
+            oldest = snapshots[0]
             oldest.join(self.config.checkpoint.timeout_s)
-            self._snapshots = [snapshot for snapshot in self._snapshots if snapshot is not oldest]
+            with self.lock:
+                self._snapshots = [snapshot for snapshot in self._snapshots if snapshot is not oldest]
 
     def serve(self, fence: Fence, step: int, applied: int, loss_scale: float) -> None:
         """Open for workers under this fence."""
@@ -242,7 +243,7 @@ class ShardEngine:
             if not new:
                 return True
             self.store.weights(chunk)[:] = np.frombuffer(payload, np.float32)
-            self.store.published[chunk.index] = self.store.encode(chunk, 0, 0)
+            self.store.publish(chunk, self.store.encode(chunk, 0, 0))
             if self.protocol.initialized(chunk):
                 self.has_state = True
                 self.outbox.initialized(self.protocol.fence, self.shard)
@@ -269,6 +270,9 @@ class ShardEngine:
 
     def foresee(self, decision: Decision) -> None:
         """Update chunks as they are reduced, by what the decision of their step will be."""
+        if not self.config.is_eager:
+            # The coordinator was started anew with another job: here nothing is published beside the newest version.
+            return
         with self.lock:
             self._submit_updates(decision, self.protocol.foresee(decision))
 
@@ -278,24 +282,35 @@ class ShardEngine:
             self._pool.submit(self._guarded, self._apply, decision, chunk)
 
     def _apply(self, decision: Decision, chunk: Chunk) -> None:
-        # A disk slower than the steps slows the steps down; it never piles up copies.
-        self._await_snapshots(MAX_SNAPSHOTS)
-        for snapshot in self._snapshots:
-            snapshot.protect(chunk)
-        with self.lock:
-            if not self.protocol.begin_update(chunk, decision):
-                return
-            present = self.protocol.present(chunk)
-            self.store.retract(chunk)
+        present = self._begin_update(decision, chunk)
+        if present is None:
+            return
         with metrics.APPLY_SECONDS.time():
             published = self.store.apply(chunk, present, decision)
         metrics.APPLIED_ELEMENTS.inc(chunk.size)
         with self.lock:
-            self.store.published[chunk.index] = published
+            self.store.publish(chunk, published)
             closing = self.protocol.deciding
             if self.protocol.published(chunk) and closing is not None:
                 self._close_step(closing)
             self._wake()
+
+    def _begin_update(self, decision: Decision, chunk: Chunk) -> np.ndarray | None:
+        """Wait until a chunk may change; returns which of its runs do. None: it must not, by this decision."""
+        while True:
+            # A disk slower than the steps slows the steps down; it never piles up copies.
+            self._await_snapshots(MAX_SNAPSHOTS)
+            protected = self._snapshots
+            for snapshot in protected:
+                snapshot.protect(chunk)
+            with self.lock:
+                if any(snapshot not in protected for snapshot in self._snapshots):
+                    # It was asked for meanwhile, of the state before this update.
+                    continue
+                if not self.protocol.begin_update(chunk, decision):
+                    return None
+                self.store.retract(chunk)
+                return self.protocol.present(chunk)
 
     def _close_step(self, decision: Decision) -> None:
         """The decision is carried out; called with the lock held."""
@@ -332,8 +347,7 @@ class ShardEngine:
     def snapshot(self, version: int) -> None:
         """Begin to write the present state; the result goes to the outbox. Lock held or not."""
         with self.lock:
-            between = self.protocol.deciding is not None or self.protocol.is_ahead
-            if not self.has_state or self.protocol.step != version or between:
+            if not self.has_state or self.protocol.step != version or self.protocol.is_between:
                 raise NotServing(f"shard {self.shard} is at version {self.protocol.step}, not {version}")
             self._snapshots = [snapshot for snapshot in self._snapshots if not snapshot.join(0)]
             if any(snapshot.target.version == version for snapshot in self._snapshots):
@@ -361,7 +375,7 @@ class ShardEngine:
         with self.lock:
             asked_again = target.version in self._asked_again
             self._asked_again.discard(target.version)
-            unchanged = self.has_state and self.protocol.step == target.version and self.protocol.deciding is None
+            unchanged = self.has_state and self.protocol.step == target.version and not self.protocol.is_between
             if asked_again and unchanged and not _is_there(target, result):
                 # A new coordinator has emptied the folder under it.
                 self._begin_snapshot(target)

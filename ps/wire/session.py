@@ -52,6 +52,8 @@ class Session:
         self.member = member
         self.run = ""
         self.failure: PsError | None = None
+        #: The coordinator has answered on a stream that has not broken since.
+        self.connected = False
         self._on_message = on_message
         self._on_connect = on_connect
         self._doing = ""
@@ -180,7 +182,7 @@ class Session:
         try:
             for response in call:
                 if not answered:
-                    answered = True
+                    answered = self.connected = True
                     self._on_connect()
                 if response.WhichOneof("event") == "end":
                     # The stream's end that follows is no loss.
@@ -191,6 +193,7 @@ class Session:
             if not answered or not isinstance(error, PeerUnavailable):
                 raise error from None
         finally:
+            self.connected = False
             outbox.put(None)
             call.cancel()
         return answered
