@@ -89,6 +89,9 @@ class WorkerConfig(Section):
     """auto: CUDA when there is one, else the CPU."""
     threads: int = Field(1, ge=1)
     """CPU threads of a worker's forward and backward. Part of the run: sums depend on it in the last bit."""
+    overlap: bool = True
+    """Push each chunk of the gradient while backward still runs, and begin the next forward with the first weights.
+    false: push at the end, and wait for all weights first; the result is the same."""
 
 
 class LaunchConfig(Section):

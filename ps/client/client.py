@@ -70,8 +70,8 @@ class ParameterClient:
         self._greetings = 0
         self.table = table
         self.source = source
-        self.pulled = PulledModel(self._drop_gradient, lambda: inbox.put(Arrived()))
         self._pusher = Pusher(self.links, source, self._places.get, lambda error: inbox.put(Failed(error)))
+        self.pulled = PulledModel(self._pusher.discard, lambda: inbox.put(Arrived()))
         #: Contributions that were computed, are not in the buffer any more, and that a shard lacks.
         self.recompute: set[int] = set()
         #: Contributions of the step begun last that every shard holds, since the last look.
@@ -128,7 +128,7 @@ class ParameterClient:
         self._pusher.wire = dtype
         self.pulled.eager = eager
         self._ledger = Ledger(self._plan)
-        self._drop_gradient()
+        self._pusher.discard()
         self.pulled.reset()
         self.recompute = set()
         self.completed = []
@@ -137,8 +137,8 @@ class ParameterClient:
         self.links.open(run, self._plan.digest, fence, addresses)
 
     def close(self) -> None:
-        self.links.close()
         self._pusher.close()
+        self.links.close()
         for places in self._places.values():
             places.close()
 
@@ -160,7 +160,7 @@ class ParameterClient:
         assert self._ledger is not None
         if self._ledger.step != step:
             self._ledger.begin(step)
-            self._drop_gradient()
+            self._pusher.discard()
             self.recompute = set()
             self.completed = []
 
@@ -180,18 +180,12 @@ class ParameterClient:
             self._pusher.put(contribution, self._slots_of(contribution), chunk)
 
     def push(self, contribution: Contribution) -> None:
-        """Push what has not been pushed of a contribution whose gradient `source` holds now, until the next one."""
-        if self._pusher.buffered is not contribution:
-            self.begin_push(contribution)
+        """Push what has not been pushed of a contribution that was begun; nothing if it is decided by now."""
         for chunk in self.plan.chunks:
             self.push_chunk(contribution, chunk)
 
     def _slots_of(self, contribution: Contribution) -> int:
         return len(slot_range(contribution.index, self._contributions, self._slots))
-
-    def _drop_gradient(self) -> None:
-        if self._pusher.drop():
-            self.source.discard()
 
     def forget_gradient(self) -> None:
         """The gradient is about to be overwritten: what is missing later must be computed again.
@@ -200,7 +194,7 @@ class ParameterClient:
             WaitTimeout: it could not be sent before.
         """
         self._pusher.settle()
-        self._pusher.drop()
+        self._pusher.forget()
 
     def initialize(self) -> None:
         """Send the initial values of every chunk, to each shard once it has answered."""
@@ -250,8 +244,9 @@ class ParameterClient:
 
             self.pulled.take(shard, chunk.index, header.applied, is_alive, write)
             return
+        # Of one greeting, as the frame is: the next one's may be of another life of the shard.
+        places = self._places.get(shard)
         for index, *where in header.chunks:
-            places = self._places.get(shard)
             chunk = self._chunk(shard, index)
             published = places.published(chunk, *where) if places is not None else None
             if published is None:
@@ -327,6 +322,7 @@ class ParameterClient:
         if nonce is not None:
             log.info("sharing memory with shard %d", shard)
             self.links.send(shard, frame.encode(Attach(**self.links.identity(), nonce=nonce).pack()))
+            places.begin()
 
     def _push_again(self, contribution: int, chunks: list[int]) -> None:
         buffered = self._pusher.buffered
@@ -366,7 +362,7 @@ class ParameterClient:
             log.info("shard %d moved on: %s", event.shard, error.message)
         elif isinstance(error, VersionGone):
             # The next deal names a newer version.
-            self.pulled.forget_pull()
+            self.pulled.forget_pull(header.step)
         elif error.retry:
             # Greeting the shard again shows what is to be done.
             log.info("shard %d: %s", event.shard, error.message)

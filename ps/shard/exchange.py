@@ -23,6 +23,7 @@ from ps.telemetry.metrics import LinkBytes
 from ps.types import Fence, Role
 from ps.wire import frame
 from ps.wire.messages import (
+    MAX_PLACES,
     Ack,
     Attach,
     Header,
@@ -212,7 +213,7 @@ class Exchange:
         placed: list[list[int]] = []
         applied = -1
         reply: bytes | None = None
-        while cursor.ready and reply is None:
+        while cursor.ready and reply is None and len(placed) < MAX_PLACES:
             position = cursor.ready[0]
             if position not in cursor.waiting:
                 heapq.heappop(cursor.ready)

@@ -180,14 +180,15 @@ def _build(
         module = GPT(job.model, data.vocab_size, job.data.sequence_length)
     table = parameter_table(module, job.optimizer.decay_all)
     plan = make_plan(table, job.cluster.shards)
-    flat = FlatModel(module, plan, chosen, dtype, wire, accumulate_fp16, partial(module.initial_value, seed=job.seed))
+    initial_value = partial(module.initial_value, seed=job.seed)
+    flat = FlatModel(module, plan, chosen, dtype, wire, accumulate_fp16, initial_value, overlap=job.worker.overlap)
     contributions = job.contributions
     slots = job.batch.micro_batches_per_step
     held_out = HeldOut(data, job.data.sequence_length, job.evaluation.max_sequences, contributions)
     client = ParameterClient(
         transport, inbox, int(session.member.rank), incarnation, table, flat, Sharing(job.launch.transport)
     )
-    duty = Duty(session, inbox, client, slots, wire, layerwise=True, eager=job.is_eager)
+    duty = Duty(session, inbox, client, slots, wire, layerwise=job.worker.overlap, eager=job.is_eager)
     contributor = Contributor(
         module,
         flat,
