@@ -23,7 +23,7 @@ import numpy as np
 
 from ps.kernels.arrays import FLOAT32, Array, padded, readonly, require
 from ps.kernels.jit import inner, kernel
-from ps.kernels.vectors import WIDTH, load, prefetch, reinterpret, repeat, start_of, total
+from ps.kernels.vectors import WIDTH, load, reinterpret, repeat, start_of, total
 
 #: Elements under one outer key; chunks start at multiples of it.
 BLOCK = 1024
@@ -47,7 +47,7 @@ _KEYS_A, _KEYS_B, _KEYS_C = _make_keys()
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 #: In place of a moment that the optimizer does not have.
-NO_MOMENT = readonly(np.empty(0, FLOAT32))
+NO_MOMENT = np.empty(0, FLOAT32)
 
 
 def first_block(base: int) -> int:

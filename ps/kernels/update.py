@@ -376,9 +376,7 @@ def _apply(
             if not present[current]:
                 pass
             elif rule == _ADAM:
-                part = _adam(
-                    mean, weights, first, second, published, a, b, whole, step, penalty, decay, scalars, block
-                )
+                part = _adam(mean, weights, first, second, published, a, b, whole, step, penalty, decay, scalars, block)
             elif rule == _MOMENTUM:
                 part = _momentum(mean, weights, first, published, a, b, whole, step, penalty, scalars, block)
             else:

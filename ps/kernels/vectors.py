@@ -49,7 +49,7 @@ class Vector(types.Type):  # type: ignore[misc]
         super().__init__(f"vector({dtype} x {width})")
 
 
-@register_model(Vector)  # type: ignore[untyped-decorator]
+@register_model(Vector)
 class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, vector: Any) -> None:
         super().__init__(manager, vector, _llvm(vector))
@@ -91,7 +91,7 @@ def load(_context: Any, start: Any, _index: Any) -> Any:
     vector = Vector(start.dtype)
 
     def emit(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.load(_address(builder, *arguments, _llvm(vector)), align=_bytes(start.dtype))
+        return builder.load(_address(builder, arguments[0], arguments[1], _llvm(vector)), align=_bytes(start.dtype))
 
     return vector(start, types.intp), emit
 
@@ -101,7 +101,7 @@ def store(_context: Any, start: Any, _index: Any, vector: Any) -> Any:
     """Write the 16 elements from an index on."""
 
     def emit(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        address = _address(builder, *arguments[:2], _llvm(vector))
+        address = _address(builder, arguments[0], arguments[1], _llvm(vector))
         builder.store(arguments[2], address, align=_bytes(start.dtype))
         return context.get_dummy_value()
 
@@ -111,7 +111,7 @@ def store(_context: Any, start: Any, _index: Any, vector: Any) -> Any:
 @intrinsic  # type: ignore[untyped-decorator]
 def _stream(_context: Any, start: Any, _index: Any, vector: Any) -> Any:
     def emit(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        address = _address(builder, *arguments[:2], _llvm(vector))
+        address = _address(builder, arguments[0], arguments[1], _llvm(vector))
         instruction = builder.store(arguments[2], address, align=_LINE_BYTES)
         instruction.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_INT32, 1)]))
         return context.get_dummy_value()
@@ -161,7 +161,7 @@ def prefetch(_context: Any, start: Any, _index: Any) -> Any:
 
     def emit(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         byte = ir.IntType(8)
-        there = builder.gep(_address(builder, *arguments, byte), [ir.Constant(_INT32, AHEAD_BYTES)])
+        there = builder.gep(_address(builder, arguments[0], arguments[1], byte), [ir.Constant(_INT32, AHEAD_BYTES)])
         kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), _INT32, _INT32, _INT32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
         reading, keep, data = (ir.Constant(_INT32, value) for value in (0, 3, 1))
