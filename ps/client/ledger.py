@@ -68,20 +68,23 @@ class Pulling:
     started: bool = False
     #: Chunks that have not come, by shard.
     remaining: dict[int, set[int]] = field(default_factory=dict)
+    #: How many they are: asked for with every chunk.
+    _missing: int = 0
 
     def __post_init__(self) -> None:
         self.remaining = {
             shard: {chunk.index for chunk in self.plan.chunks_of(shard)} for shard in range(self.plan.num_shards)
         }
+        self._missing = len(self.plan.chunks)
 
     @property
     def complete(self) -> bool:
-        return not any(self.remaining.values())
+        return self._missing == 0
 
     @property
     def untouched(self) -> bool:
         """No shard has answered."""
-        return not self.started and sum(map(len, self.remaining.values())) == len(self.plan.chunks)
+        return not self.started and self._missing == len(self.plan.chunks)
 
     @property
     def torn(self) -> bool:
@@ -93,12 +96,15 @@ class Pulling:
         if applied != self.applied:
             return False
         self.started = True
-        self.remaining[shard].discard(chunk)
+        if chunk in self.remaining[shard]:
+            self.remaining[shard].remove(chunk)
+            self._missing -= 1
         return True
 
     def same(self, shard: int, applied: int) -> bool:
         """A shard says that nothing changed; False when another one sent new weights."""
         if applied != self.held or self.started:
             return False
+        self._missing -= len(self.remaining[shard])
         self.remaining[shard] = set()
         return True

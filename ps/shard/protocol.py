@@ -24,7 +24,7 @@ from ps.errors import (
     WrongLength,
     WrongLossScale,
 )
-from ps.shard.reduction import ChunkReduction, Held, ReductionJob
+from ps.shard.reduction import ChunkReduction, Held, Progress, ReductionJob
 from ps.sharding import Chunk, Plan
 from ps.types import ContributionReport, Decision, Fence, Prepared, WireDtype, slot_range
 from ps.wire.messages import Fenced, Initialize, Push
@@ -71,6 +71,7 @@ class StepProtocol:
         self._reports: dict[int, ContributionReport] = {}
         self._initial: set[int] | None = None
         self._unpublished: set[int] = set()
+        self._progress = Progress()
         self._reductions: dict[int, ChunkReduction] = {}
         self._reset()
 
@@ -198,7 +199,7 @@ class StepProtocol:
 
     @property
     def chunks_reduced(self) -> int:
-        return sum(reduction.reduced for reduction in self._reductions.values())
+        return self._progress.chunks_reduced
 
     # -- Reduction ------------------------------------------------------------------------------
 
@@ -271,8 +272,11 @@ class StepProtocol:
         exact = self.shape.dtype is WireDtype.FP16
         self._reports = {}
         self._unpublished = set()
+        # Anew, so that a job of the step before that ends late counts for that one.
+        progress = self._progress = Progress()
         self._reductions = {
-            index: ChunkReduction(chunk, self.shape.contributions, exact) for index, chunk in self._chunks.items()
+            index: ChunkReduction(chunk, self.shape.contributions, exact, progress)
+            for index, chunk in self._chunks.items()
         }
 
     def restored(self, step: int, applied: int, loss_scale: float) -> None:
