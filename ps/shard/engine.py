@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ from ps.storage.manifest import read_manifest
 from ps.storage.reader import CheckpointReader
 from ps.storage.shard_file import ShardFile
 from ps.telemetry import logs
+from ps.telemetry.trace import Recorder
 from ps.types import Applied, Decision, Fence, ParameterTable, Prepared
 from ps.wire.messages import Initialize, Push
 from ps.wire.shared_memory import Segment
@@ -70,6 +72,7 @@ class ShardEngine:
         self.protocol = StepProtocol(self.plan, shard, shape)
         self.store = Store(self.chunks, Update(config.optimizer, dtype), dtype)
         self.outbox = Outbox()
+        self.trace = Recorder(config.traced_steps)
         #: Guards the protocol.
         self.lock = threading.RLock()
         #: Streams that wait for weights; each has a condition over `lock`.
@@ -84,6 +87,7 @@ class ShardEngine:
         #: Versions that were asked for while they were being written.
         self._asked_again: set[int] = set()
         self._prepared: Prepared | None = None
+        self._prepared_ns = 0
         self._last_applied: Applied | None = None
         metrics.ELEMENTS.set(self.store.num_elements)
 
@@ -251,6 +255,8 @@ class ShardEngine:
                 if self._last_applied is not None and self._last_applied.step == decision.step:
                     self.outbox.applied(self._last_applied)
                 return
+            if self.protocol.deciding is decision or self.protocol.step > before:
+                self.trace.add("wait for the decision", "wait", decision.step, self._prepared_ns, track="decision")
             for chunk in chunks:
                 metrics.JOBS_WAITING.inc()
                 self._pool.submit(self._guarded, self._apply, decision, chunk)
@@ -272,7 +278,7 @@ class ShardEngine:
                 return
             present = self.protocol.present(chunk)
             self.store.retract(chunk)
-        with metrics.APPLY_SECONDS.time():
+        with metrics.APPLY_SECONDS.time(), self.trace.span("apply", "apply", decision.step, chunk=chunk.index):
             published = self.store.apply(chunk, present, decision)
         metrics.APPLIED_ELEMENTS.inc(chunk.size)
         with self.lock:
@@ -374,10 +380,12 @@ class ShardEngine:
         with self.lock:
             if not self.protocol.is_current(job, reduction):
                 return
+            step = self.protocol.step
         gradients = [held.gradient for held in job.held]
         weights = [held.slots for held in job.held]
         dtype = self.config.precision.wire
-        with metrics.REDUCE_SECONDS.time():
+        name = "fold" if isinstance(job, FoldJob) else "reduce"
+        with metrics.REDUCE_SECONDS.time(), self.trace.span(name, "reduce", step, chunk=job.chunk.index):
             if isinstance(job, FoldJob):
                 if reduction.accumulator is None:
                     reduction.accumulator = np.zeros(job.chunk.size, np.float64)
@@ -405,6 +413,7 @@ class ShardEngine:
         if self._prepared is None and self.protocol.serving and self.protocol.all_reduced:
             if self.protocol.deciding is not None:
                 return
+            self._prepared_ns = time.monotonic_ns()
             self._prepared = self.protocol.prepared(self.store.all_square_sums())
             self.outbox.prepared(self._prepared)
 

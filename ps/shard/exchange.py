@@ -10,6 +10,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from ps.errors import ConflictingContribution, MalformedFrame, Refusal, StaleFence, VersionGone
@@ -57,6 +58,8 @@ class Exchange:
         self._incarnation = incarnation
         self._outbox: deque[bytes] = deque()
         self._cursor: _Cursor | None = None
+        #: Whose answer is the frame that goes next; None: it is of no pull.
+        self._answered: _Cursor | None = None
         self._closed = False
         self._sharing = StreamMemory()
         #: Until the worker has said who it is.
@@ -76,7 +79,8 @@ class Exchange:
         try:
             fields, payload = frame.decode(data)
             header = parse_to_shard(fields)
-            self._handle(header, payload)
+            with self._taking(header):
+                self._handle(header, payload)
         except Refusal as refusal:
             self._refuse(refusal, header)
 
@@ -152,6 +156,17 @@ class Exchange:
             self._outbox.append(encoded)
             self._changed.notify_all()
 
+    def _taking(self, header: Header) -> AbstractContextManager[None]:
+        """What a push costs, in a timeline: its way here, and what is done with it."""
+        trace = self._engine.trace
+        if not trace.on or not isinstance(header, Push | PushPlaced):
+            return nullcontext()
+        chunk = header.chunk if isinstance(header, Push) else -1
+        about = {"chunk": chunk, "contribution": header.contribution}
+        track = f"stream from worker {header.rank}"
+        trace.since_last("receive", "push", header.step, track=track, **about)
+        return trace.span("take", "push", header.step, track=track, **about)
+
     # -- Outgoing -------------------------------------------------------------------------------
 
     def replies(self) -> Iterator[bytes]:
@@ -167,23 +182,34 @@ class Exchange:
             if reply is None:
                 return
             self._bytes.sent.inc(len(reply))
-            yield reply
+            with self._sending():
+                yield reply
 
     def _next(self) -> bytes | None:
         """The next frame that can go now; called with the lock held."""
         if self._closed:
             return None
+        self._answered = None
         if self._outbox:
             return self._outbox.popleft()
-        cursor = self._cursor
+        cursor = self._answered = self._cursor
         if cursor is None:
             return None
         try:
             return self._advance(cursor)
         except Refusal as refusal:
-            self._cursor = None
+            self._cursor = self._answered = None
             metrics.REFUSED_FRAMES.labels(refusal.code).inc()
             return frame.encode(Refused(refusal.code, refusal.message, cursor.request.version, -1, -1).pack())
+
+    def _sending(self) -> AbstractContextManager[None]:
+        """What a frame's way out costs, in a timeline."""
+        cursor, trace = self._answered, self._engine.trace
+        if not trace.on or cursor is None:
+            return nullcontext()
+        chunk = self._engine.chunks[cursor.next - 1].index
+        track = f"stream to worker {cursor.request.rank}"
+        return trace.span("send", "pull", cursor.request.version - 1, chunk=chunk, track=track)
 
     def _advance(self, cursor: _Cursor) -> bytes | None:
         engine, request = self._engine, cursor.request
