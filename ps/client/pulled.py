@@ -102,6 +102,12 @@ class PulledModel:
         with self._changed:
             return self._model
 
+    @property
+    def step(self) -> int:
+        """The step that makes the version which was asked for; without one some step that never is."""
+        pulling = self._pulling
+        return pulling.version - 1 if pulling is not None else -2
+
     def reset(self) -> None:
         """The model holds nothing, and nothing is asked for."""
         with self._changed:
