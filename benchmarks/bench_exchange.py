@@ -1,132 +1,79 @@
 """Exchange and update alone: from FP32 gradients present to weights updated, 2 workers, conversions included.
 
 Windlass (real coordinator, shards and sessions; torch-free workers whose gradients are there already)
-against PyTorch DDP with gloo and fused AdamW, FP32 and with the FP16 compression hook. Rounds of both
-alternate in one run; the ratio is what counts, since the machine's speed drifts.
+over gRPC and over shared memory, against PyTorch DDP with gloo and fused AdamW, FP32 and with the FP16
+compression hook. Rounds of all alternate in one run; the ratio is what counts, since the machine's
+speed drifts.
 
-    python benchmarks/bench_exchange.py [--sizes 10 50] [--shards 1 2] [--rounds 5] [--json FILE]
+    python benchmarks/bench_exchange.py [--sizes 10 50 124] [--shards 1 2] [--rounds 5] [--short] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import socket
 import statistics
-import subprocess
-import sys
-import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.support.report import Report
-from workers.launch.environment import MALLOC_TUNABLES
+from benchmarks.support.ddp import run_ddp
+from benchmarks.support.hosts import HERE
+from benchmarks.support.load_cluster import Layout, Load, run_load, step_seconds
+from benchmarks.support.report import Check, Report
 
-ROOT = Path(__file__).resolve().parent.parent
-DEADLINE_S = 180.0
-
-
-def environment() -> dict[str, str]:
-    one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
-    return {**os.environ, **one, "GLIBC_TUNABLES": MALLOC_TUNABLES, "PYTHONPATH": str(ROOT)}
+#: Times as fast as the better DDP, at least: by transport and millions of parameters.
+BOUNDS = {("shm", 10): 2.0, ("shm", 50): 3.0, ("grpc", 50): 1.0}
 
 
-def run_windlass(parameters: int, shards: int, steps: int) -> list[float]:
-    """Start a cluster, let it do `steps` steps, and return the seconds of each but the first two."""
-    with tempfile.TemporaryDirectory() as name:
-        run = Path(name) / "run"
-        cli = [sys.executable, "-m", "workers.cli.main"]
-        job = [
-            f"run_dir={run}",
-            f"cluster.shards={shards}",
-            "cluster.workers=2",
-            f"training.steps={steps + 2}",
-            "batch.micro_batches_per_step=2",
-            "telemetry.metrics=false",
-            "evaluation.every_steps=0",
-        ]
-        processes = [subprocess.Popen([*cli, "coordinator", *job], env=environment(), stderr=subprocess.DEVNULL)]
-        try:
-            address = _address(run)
-            for index in range(shards):
-                command = [*cli, "shard", "--coordinator", address, "--index", str(index)]
-                processes.append(subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL))
-            for rank in range(2):
-                command = [sys.executable, "-m", "benchmarks.support.load_worker", address, str(rank)]
-                command.append(str(parameters))
-                processes.append(subprocess.Popen(command, env=environment()))
-            processes[0].wait(DEADLINE_S)
-            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            return [line["step_seconds"] for line in lines if line["kind"] == "step"][2:]
-        finally:
-            for process in reversed(processes):
-                if process.poll() is None:
-                    process.terminate()
-            for process in processes:
-                try:
-                    process.wait(10)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+def run_windlass(parameters: int, shards: int, transport: str, steps: int) -> list[float]:
+    """The seconds of each step of a cluster with 2 workers."""
+    layout = Layout.here(shards, 2)
+    return step_seconds(run_load(layout, Load(parameters), steps, f"launch.transport={transport}"))
 
 
-def _address(run: Path) -> str:
-    deadline = time.monotonic() + DEADLINE_S
-    while time.monotonic() < deadline:
-        try:
-            return str(json.loads((run / "cluster.json").read_text())[0]["address"])
-        except (OSError, ValueError, IndexError):
-            time.sleep(0.02)
-    raise SystemExit("the coordinator did not start")
-
-
-def run_ddp(parameters: int, steps: int, mode: str) -> list[float]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "benchmarks.support.ddp_worker"]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(parameters), str(steps), mode, str(port)],
-            env={key: value for key, value in environment().items() if key != "GLIBC_TUNABLES"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=DEADLINE_S)[0] for process in processes]
-    return [float(value) for value in outputs[0].split()]
+def contenders(parameters: int, shards: list[int], steps: int) -> dict[str, Callable[[], list[float]]]:
+    """What is measured, by name."""
+    runs: dict[str, Callable[[], list[float]]] = {
+        f"DDP {mode}": lambda mode=mode: run_ddp([HERE] * 2, parameters, steps, mode == "fp16")  # type: ignore[misc]
+        for mode in ("fp32", "fp16")
+    }
+    for transport in ("grpc", "shm"):
+        for count in shards:
+            runs[f"{transport}, {count} shard{'s' if count > 1 else ''}"] = (
+                lambda count=count, transport=transport: run_windlass(parameters, count, transport, steps)  # type: ignore[misc]
+            )
+    return runs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[10, 50], help="millions of parameters")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10, 50, 124], help="millions of parameters")
     parser.add_argument("--shards", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--short", action="store_true", help="10M, 1 shard, 3 rounds")
     parser.add_argument("--json", type=Path, default=Path("runs/bench/exchange.json"))
     arguments = parser.parse_args()
-    report = Report("exchange", ["parameters, M", "system", "median s", "min s", "max s", "DDP / this"])
+    if arguments.short:
+        arguments.sizes, arguments.shards, arguments.rounds = [10], [1], 3
+    report = Report("exchange", ["parameters, M", "system", "median s", "min s", "max s", "better DDP / this"])
     for size in arguments.sizes:
-        parameters = size * 1_000_000
-        times: dict[str, list[float]] = {}
+        runs = contenders(size * 1_000_000, arguments.shards, arguments.steps)
+        times: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(arguments.rounds):
-            for mode in ("fp32", "fp16"):
-                name = f"DDP gloo {mode}"
-                times.setdefault(name, []).append(statistics.median(run_ddp(parameters, arguments.steps, mode)))
-            for shards in arguments.shards:
-                name = f"Windlass gRPC, {shards} shard{'s' if shards > 1 else ''}"
-                times.setdefault(name, []).append(statistics.median(run_windlass(parameters, shards, arguments.steps)))
-        peers = [times["DDP gloo fp32"], times["DDP gloo fp16"]]
-        better = min(peers, key=statistics.median)
-        best = 0.0
+            for name, run in runs.items():
+                times[name].append(statistics.median(run()))
+        better = min((times[name] for name in times if name.startswith("DDP")), key=statistics.median)
+        best: dict[str, float] = {}
         for name, values in times.items():
             ratio = statistics.median(a / b for a, b in zip(better, values, strict=True))
             report.row(size, name, statistics.median(values), min(values), max(values), ratio)
-            if name.startswith("Windlass"):
-                best = max(best, ratio)
-        report.note(f"the better DDP / Windlass over gRPC at {size}M", best)
+            transport = name.split(",")[0]
+            best[transport] = max(best.get(transport, 0.0), ratio)
+        for transport in ("shm", "grpc"):
+            bound = BOUNDS.get((transport, size))
+            if bound is not None:
+                name = f"the better DDP / Windlass over {transport} at {size}M"
+                report.check(Check(name, best[transport], bound, best[transport] >= bound))
     report.finish(arguments.json)
 
 

@@ -95,9 +95,9 @@ class WorkerConfig(Section):
 
 
 class LaunchConfig(Section):
-    transport: Literal["auto", "grpc", "shm"] = "grpc"
-    """How tensors travel between a worker and a shard: over gRPC, through shared memory where they share a host (auto),
-    or only so (shm)."""
+    transport: Literal["auto", "grpc", "shm"] = "auto"
+    """How tensors travel between a worker and a shard: through shared memory where they share a host and over gRPC
+    elsewhere (auto), always over gRPC, or only through shared memory (shm)."""
     host: str = "127.0.0.1"
     """The address that the roles bind."""
     restart_limit: int = Field(10, ge=0)

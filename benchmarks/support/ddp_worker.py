@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+#: Steps before the ones that count.
+WARM_UP_STEPS = 2
 
 
 class _Give(torch.autograd.Function):
@@ -36,17 +39,27 @@ class Given(nn.Module):
         return torch.stack([_Give.apply(parameter, gradient) for parameter, gradient in pairs]).sum()
 
 
-def main(rank: int, parameters: int, steps: int, compress: bool, port: int) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("master", help="HOST:PORT of rank 0")
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--world-size", type=int, required=True)
+    parser.add_argument("--parameters", type=int, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--compress", action="store_true", help="with the FP16 compression hook")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    model = DistributedDataParallel(Given(parameters), gradient_as_bucket_view=True)
-    if compress:
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://{arguments.master}", rank=arguments.rank, world_size=arguments.world_size
+    )
+    model = DistributedDataParallel(Given(arguments.parameters), gradient_as_bucket_view=True)
+    if arguments.compress:
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
         model.register_comm_hook(None, fp16_compress_hook)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     times = []
-    for _ in range(steps + 2):
+    for _ in range(arguments.steps + WARM_UP_STEPS):
         dist.barrier()
         started = time.perf_counter()
         model().backward()
@@ -54,10 +67,10 @@ def main(rank: int, parameters: int, steps: int, compress: bool, port: int) -> N
         dist.barrier()
         times.append(time.perf_counter() - started)
         optimizer.zero_grad()
-    if rank == 0:
-        print(" ".join(f"{seconds:.6f}" for seconds in times[2:]))
+    if arguments.rank == 0:
+        print(" ".join(f"{seconds:.6f}" for seconds in times[WARM_UP_STEPS:]))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "fp16", int(sys.argv[5]))
+    main()

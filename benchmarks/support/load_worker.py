@@ -1,14 +1,14 @@
 """A torch-free worker whose gradients are there already: it pushes, pulls and converts, nothing else.
 
-The real session, client and loop; only the model is two flat FP32 arrays.
+The real session, client and duty; only the model is two flat FP32 arrays.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import socket
-import sys
 from typing import Any
 
 import numpy as np
@@ -19,24 +19,32 @@ from ps.client.client import ParameterClient
 from ps.client.duty import Duty
 from ps.client.grpc_transport import GrpcTransport
 from ps.client.links import Inbox, Said
-from ps.client.pusher import Contribution
 from ps.client.shared import Sharing
-from ps.config import RunConfig, from_json
+from ps.config import from_json
+from ps.errors import PsError
 from ps.kernels.compile import warm_up_worker
 from ps.kernels.convert import decode, encode
+from ps.pages import float32_zeros
 from ps.sharding import Chunk, make_plan
 from ps.types import ParameterTable, TensorSpec, WireDtype
 from ps.wire.session import Session
-from workers.engine.worker import Worker
+from workers.config import JobConfig
 
 Array = np.ndarray
 
 
-def table_of(parameters: int) -> ParameterTable:
-    """Matrices of 1024 x 1024 and what is left over, so that tensors and chunks do not coincide."""
-    sizes = [1 << 20] * (parameters >> 20)
-    rest = parameters - sum(sizes)
-    shapes = [(1024, 1024)] * len(sizes) + ([(rest,)] if rest else [])
+def table_of(parameters: int, tensors: int | None = None) -> ParameterTable:
+    """Lay out a model.
+
+    Args:
+        tensors: so many of about the same size; None: matrices of 1024 x 1024 and what is left over, so that tensors
+            and chunks do not coincide.
+    """
+    if tensors is None:
+        rest = parameters % (1 << 20)
+        shapes = [(1024, 1024)] * (parameters >> 20) + ([(rest,)] if rest else [])
+    else:
+        shapes = [(parameters * (i + 1) // tensors - parameters * i // tensors,) for i in range(tensors)]
     return ParameterTable(tuple(TensorSpec(f"w{index}", shape, 0) for index, shape in enumerate(shapes)))
 
 
@@ -44,8 +52,10 @@ class FlatArrays:
     """Weights and gradients as flat FP32 arrays."""
 
     def __init__(self, size: int, wire: WireDtype, seed: int) -> None:
-        self.weights = np.zeros(size, np.float32)
-        self.gradients = np.random.default_rng(seed).standard_normal(size, np.float32) * np.float32(1e-3)
+        self.weights = float32_zeros(size)
+        self.gradients = float32_zeros(size)
+        np.random.default_rng(seed).standard_normal(size, np.float32, out=self.gradients)
+        self.gradients *= np.float32(1e-3)
         self._wire = wire
 
     def encode(self, chunk: Chunk, slots: int, room: Array) -> bytes:
@@ -66,42 +76,53 @@ class FlatArrays:
         pass
 
 
-class Ready:
-    """Contributions that cost nothing."""
+def work(duty: Duty) -> None:
+    """Push what is dealt, as soon as its weights are there, until the run ends.
 
-    def __init__(self, duty: Duty) -> None:
-        self._duty = duty
+    Raises:
+        PsError: it ended badly.
+    """
+    while duty.end is None:
+        dealt = duty.ready()
+        if dealt is None:
+            duty.take(1.0)
+            continue
+        duty.pulled()
+        duty.forget_gradient()
+        duty.done()
+        duty.push(duty.begin_push(dealt.pending[0], lambda: (1.0, 1)), compute_s=0.0)
+        duty.take(0.0)
+    if not duty.end.ok:
+        raise PsError(duty.end.reason)
 
-    def contribute(self, _step: int, contribution: int, _loss_scale: float) -> Contribution:
-        self._duty.await_weights(None)
-        return self._duty.begin_push(contribution, lambda: (1.0, 1))
 
-    def evaluate(self, _part: int) -> tuple[float, int, int]:
-        return 1.0, 1, 1
-
-
-def main(coordinator: str, rank: int, parameters: int) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("coordinator", help="HOST:PORT")
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--parameters", type=int, required=True)
+    parser.add_argument("--tensors", type=int, help="default: matrices of 1024 x 1024")
+    arguments = parser.parse_args()
+    rank, table = arguments.rank, table_of(arguments.parameters, arguments.tensors)
     inbox = Inbox()
     incarnation = random.SystemRandom().getrandbits(62) + 1
     member = Member(role="worker", rank=rank, incarnation=incarnation, pid=os.getpid(), host=socket.gethostname())
-    table = table_of(parameters)
     message = pb.Model(table=table.packed(), data_digest="", evaluation_parts=0)
-    session = Session(coordinator, member, lambda said: inbox.put(Said(said)), lambda: session.send(model=message))
-    config = from_json(RunConfig, session.register(60.0).job)
-    wire = config.precision.wire
-    warm_up_worker(wire)
-    arrays: Any = FlatArrays(make_plan(table, config.cluster.shards).size, wire, rank)
-    client = ParameterClient(
-        GrpcTransport(), inbox, rank, incarnation, table, arrays, Sharing(os.environ.get("LAB_TRANSPORT", "grpc"))
+    session = Session(
+        arguments.coordinator, member, lambda said: inbox.put(Said(said)), lambda: session.send(model=message)
     )
+    job = from_json(JobConfig, session.register(60.0).job)
+    wire = job.precision.wire
+    warm_up_worker(wire)
+    arrays: Any = FlatArrays(make_plan(table, job.cluster.shards).size, wire, rank)
+    client = ParameterClient(GrpcTransport(), inbox, rank, incarnation, table, arrays, Sharing(job.launch.transport))
     session.start()
     try:
-        duty = Duty(session, inbox, client, config.batch.micro_batches_per_step, wire, eager=config.is_eager)
-        Worker(session, inbox, duty, Ready(duty)).run()
+        work(Duty(session, inbox, client, job.batch.micro_batches_per_step, wire, eager=job.is_eager))
     finally:
         client.close()
         session.close()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main()

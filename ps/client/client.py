@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from ps.client.shared import SharedPlaces, Sharing
 from ps.client.transport import Transport
 from ps.errors import MalformedFrame, MismatchError, SharedMemoryError, StaleFence, StalePlace, VersionGone
 from ps.sharding import Chunk, Plan, make_plan
+from ps.telemetry.trace import OFF, Recorder
 from ps.types import Fence, ParameterTable, WireDtype, slot_range
 from ps.wire import frame
 from ps.wire.messages import Ack, Attach, Initialize, Placed, Pull, Refused, Unchanged, Weights, Welcome
@@ -62,7 +64,9 @@ class ParameterClient:
         table: ParameterTable,
         source: Source,
         sharing: Sharing = Sharing.NEVER,
+        trace: Recorder = OFF,
     ) -> None:
+        self._trace = trace
         self.links = ShardLinks(transport, inbox, rank, incarnation, self._received, self._offer)
         self._sharing = sharing
         #: What is shared with each shard since its last greeting.
@@ -70,7 +74,7 @@ class ParameterClient:
         self._greetings = 0
         self.table = table
         self.source = source
-        self._pusher = Pusher(self.links, source, self._places.get, lambda error: inbox.put(Failed(error)))
+        self._pusher = Pusher(self.links, source, self._places.get, lambda error: inbox.put(Failed(error)), trace)
         self.pulled = PulledModel(self._pusher.discard, lambda: inbox.put(Arrived()))
         #: Contributions that were computed, are not in the buffer any more, and that a shard lacks.
         self.recompute: set[int] = set()
@@ -238,12 +242,15 @@ class ParameterClient:
         self, shard: int, header: Weights | Placed, payload: memoryview, is_alive: Callable[[], bool]
     ) -> None:
         """Take weights; called in the threads of the streams."""
+        came = header.chunk if isinstance(header, Weights) else -1
+        self._trace.since_last("receive", "pull", self.pulled.step, chunk=came, track=_track(shard))
         if isinstance(header, Weights):
             chunk = self._chunk(shard, header.chunk)
             weights = np.frombuffer(payload, self._dtype.numpy)
 
             def write() -> bool:
-                self.source.decode(chunk, weights)
+                with self._decoding(shard, chunk):
+                    self.source.decode(chunk, weights)
                 return True
 
             self.pulled.take(shard, chunk.index, header.applied, is_alive, write)
@@ -258,13 +265,17 @@ class ParameterClient:
                 return
 
             def write_shared(chunk: Chunk = chunk, published: Any = published) -> bool:
-                self.source.decode(chunk, published.weights)
+                with self._decoding(shard, chunk):
+                    self.source.decode(chunk, published.weights)
                 if not published.intact:
                     log.info("chunk %d was written anew while it was read: its version is gone", chunk.index)
                 return bool(published.intact)
 
             self.pulled.take(shard, index, header.applied, is_alive, write_shared)
             self.links.count_shared(shard, chunk.size * self._dtype.itemsize)
+
+    def _decoding(self, shard: int, chunk: Chunk) -> AbstractContextManager[None]:
+        return self._trace.span("decode", "pull", self.pulled.step, chunk=chunk.index, track=_track(shard))
 
     def _chunk(self, shard: int, index: int) -> Chunk:
         if not 0 <= index < len(self.plan.chunks) or self.plan.chunks[index].shard != shard:
@@ -299,6 +310,9 @@ class ParameterClient:
             self._initialize_shard(event.shard)
         self._ask(event.shard)
         if header.step != self._ledger.step:
+            if header.step < self._ledger.step and self._ledger.lacks(event.shard):
+                # It updated every chunk before it hears so: what it refused goes again once the step is open there.
+                self.links.retry(event.shard)
             return
         held = {contribution: _chunks(bitmap, self.plan, event.shard) for contribution, bitmap in header.held}
         for contribution, chunks in self._ledger.missing_at(event.shard, held).items():
@@ -379,6 +393,11 @@ _HANDLERS: dict[type, Callable[[ParameterClient, Received], None]] = {
     Unchanged: ParameterClient._unchanged,
     Refused: ParameterClient._refused,
 }
+
+
+def _track(shard: int) -> str:
+    """The thread of a stream, in a timeline."""
+    return f"stream to shard {shard}"
 
 
 def _chunks(bitmap: bytes, plan: Plan, shard: int) -> set[int]:

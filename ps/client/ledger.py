@@ -37,6 +37,11 @@ class Ledger:
         """Whether every shard holds all of a contribution."""
         return self.unacknowledged.get(contribution, {-1}) == set()
 
+    def lacks(self, shard: int) -> bool:
+        """Whether a shard has not acknowledged all that was computed."""
+        owned = {chunk.index for chunk in self.plan.chunks_of(shard)}
+        return any(owned & missing for missing in self.unacknowledged.values())
+
     def missing_at(self, shard: int, held: dict[int, set[int]]) -> dict[int, list[int]]:
         """After a reconnect: the chunks of each computed contribution that a shard lacks.
 

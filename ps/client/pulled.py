@@ -80,12 +80,11 @@ class PulledModel:
     def __init__(self, on_decided: Callable[[int], None], on_progress: Callable[[], None]) -> None:
         """
         Args:
-            on_decided: called in a stream's thread, with their version, when new weights prove that the steps
-                before it lack nothing: the first of them do, or, where steps are eager, only all of them. The
-                version is complete only after it.
+            on_decided: called in a stream's thread, with their version, before the first new weights are written,
+                where they prove that the steps before it are decided.
             on_progress: called in a stream's thread when the first weights of a version are there, and the last.
         """
-        #: Weights may come before the step is decided.
+        #: Weights may come before the step is decided: they prove nothing, and only the next deal does.
         self.eager = False
         self._on_decided = on_decided
         self._on_progress = on_progress
@@ -102,6 +101,12 @@ class PulledModel:
     def model(self) -> Model:
         with self._changed:
             return self._model
+
+    @property
+    def step(self) -> int:
+        """The step that makes the version which was asked for; without one some step that never is."""
+        pulling = self._pulling
+        return pulling.version - 1 if pulling is not None else -2
 
     def reset(self) -> None:
         """The model holds nothing, and nothing is asked for."""
@@ -222,8 +227,6 @@ class PulledModel:
             intact = write()
             if intact:
                 last = self._came(pulling, shard, chunk)
-            if last and self.eager:
-                self._on_decided(pulling.version)
         finally:
             with self._changed:
                 self._writing -= 1

@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from ps.client.links import STALL_S, ShardLinks
 from ps.client.shared import SharedPlaces
 from ps.errors import WaitTimeout
 from ps.sharding import Chunk
+from ps.telemetry.trace import COMPUTE, OFF, Recorder
 from ps.types import WireDtype
 from ps.wire import frame
 from ps.wire.messages import Push, PushPlaced
@@ -84,6 +86,7 @@ class Pusher:
         encoder: Encoder,
         places_of: Callable[[int], SharedPlaces | None],
         on_failure: Callable[[BaseException], None],
+        trace: Recorder = OFF,
     ) -> None:
         """
         Args:
@@ -95,6 +98,7 @@ class Pusher:
         self._encoder = encoder
         self._places_of = places_of
         self._on_failure = on_failure
+        self._trace = trace
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._unfinished = 0
@@ -154,10 +158,16 @@ class Pusher:
         Raises:
             WaitTimeout: it takes implausibly long.
         """
+        held = self._buffered
         with self._changed:
-            while self._unfinished:
-                if not self._changed.wait(SETTLE_S):
-                    raise WaitTimeout(f"{self._unfinished} chunks of a gradient were not taken by their shards in time")
+            if not self._unfinished:
+                return
+            with self._trace.span("wait until pushed", "wait", held.step if held is not None else -1, track=COMPUTE):
+                while self._unfinished:
+                    if not self._changed.wait(SETTLE_S):
+                        raise WaitTimeout(
+                            f"{self._unfinished} chunks of a gradient were not taken by their shards in time"
+                        )
 
     def close(self) -> None:
         """End the thread; what was not sent is not sent. Idempotent."""
@@ -209,14 +219,16 @@ class Pusher:
         if present is None:
             return
         draft.rewrite(self._header(job, xxhash.xxh3_64_digest(draft.payload.data), present).pack())
-        self._links.send(chunk.shard, draft.data)
+        with self._span("send", contribution.step, contribution.index, chunk.index):
+            self._links.send(chunk.shard, draft.data)
 
     def _encode(self, job: _Job, room: np.ndarray) -> bytes | None:
         """The presence map; None: the gradient is not there any more."""
         with self._reading:
             if self._buffered is not job.contribution:
                 return None
-            return self._encoder.encode(job.chunk, job.slots, room)
+            with self._span("encode", job.contribution.step, job.contribution.index, job.chunk.index):
+                return self._encoder.encode(job.chunk, job.slots, room)
 
     def _write(self, job: _Job, places: SharedPlaces, place: int, room: np.ndarray) -> None:
         present = self._encode(job, room)
@@ -238,7 +250,11 @@ class Pusher:
     def _tell(self, shard: int) -> None:
         untold = self._untold.pop(shard)
         encoded = frame.encode({**untold.header.pack(), "chunks": untold.chunks})
-        self._links.send(shard, encoded, untold.num_bytes)
+        with self._span("send", untold.header.step, untold.header.contribution):
+            self._links.send(shard, encoded, untold.num_bytes)
+
+    def _span(self, name: str, step: int, contribution: int, chunk: int = -1) -> AbstractContextManager[None]:
+        return self._trace.span(name, "push", step, chunk=chunk, contribution=contribution, track="pusher")
 
     def _placed(self, job: _Job, places: SharedPlaces) -> PushPlaced:
         loss_sum, tokens = job.contribution.report()

@@ -277,7 +277,8 @@ class Effects:
             self._loop.post(lambda _: machine.serving.configure_failed(shard, fence, control, other, True))
             return
         last = from_proto(Decision, response.last_decision) if response.HasField("last_decision") else None
-        inspection = Inspection(response.has_state, response.version, last, response.ahead)
+        ahead = from_proto(Decision, response.updated_by) if response.HasField("updated_by") else None
+        inspection = Inspection(response.has_state, response.version, last, ahead)
         self._loop.post(lambda _: machine.serving.configured(shard, fence, control, inspection))
 
     def _tell_decision(self, action: actions.TellDecision) -> None:

@@ -28,8 +28,8 @@ class History:
         #: Decisions that a rollback took back; made again, they must be the same.
         self.superseded: dict[int, Decision] = {}
         self.evaluations: dict[int, dict[str, Any]] = {}
-        #: Steps that overflowed when they were eager: they are made again, and decided.
-        self.decided_steps: set[int] = set()
+        #: The last step that overflowed after chunks of it were updated; -1: none did.
+        self.last_overflow = -1
         #: Steps that metrics.jsonl has a line of.
         self.recorded: set[int] = set()
         for record in records:
@@ -111,7 +111,7 @@ class History:
         elif kind == "applied":
             self.recorded.add(record["step"])
         elif kind == "overflow":
-            self.decided_steps.add(record["step"])
+            self.last_overflow = record["step"]
         elif kind == "rollback":
             self.rollback(record["version"])
         elif kind == "evaluation":

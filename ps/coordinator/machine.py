@@ -13,7 +13,7 @@ from ps.config import RunConfig
 from ps.coordinator.actions import Journal, MembersChanged, TellCluster, TellDeal, TellSnapshot
 from ps.coordinator.history import History
 from ps.coordinator.members import MemberState
-from ps.coordinator.recovery import Candidate, choose_checkpoint
+from ps.coordinator.recovery import Candidate, describe_newest
 from ps.coordinator.run import Phase, Run
 from ps.coordinator.serving import Serving
 from ps.coordinator.steps import Steps
@@ -171,18 +171,23 @@ class Machine(Run):
         before = None
         while before is not self.phase:
             before = self.phase
+            missing = bool(self.members.missing_shards())
+            if missing and (before is Phase.RUNNING or self.serving.goes_on):
+                self._give_up_stopping(now)
             if before is not Phase.RUNNING:
                 self.serving.advance(now)
-            elif self.members.missing_shards():
-                self._give_up_stopping(now)
-            else:
+            elif not missing:
                 self.steps.advance(now)
-                if self.recovery_reason:
-                    self.serving.gather(self.recovery_reason)
-                    self.recovery_reason = ""
+                self._recover()
         if now >= self._look_at:
             self._look_at = now + LOOK_S
             self.waits(now)
+
+    def _recover(self) -> None:
+        """Make the cluster serve anew, if a step asked for that."""
+        if self.recovery_reason:
+            self.serving.gather(self.recovery_reason, goes_on=True)
+            self.recovery_reason = ""
 
     def waits(self, now: float) -> list[Wait]:
         """Whom the run waits for."""
@@ -227,10 +232,8 @@ class Machine(Run):
         if self.stop_reason is not None and self.snapshots.exists(self.state.version):
             self.end(True, self.steps.end_reason())
         elif self.stop_reason is not None and gone:
-            newest = choose_checkpoint(self.snapshots.candidates)
-            left = f"the last checkpoint is {newest.name}" if newest is not None else "there is no checkpoint"
             self.end(
                 False,
                 f"{self.stop_reason}, but {describe_absence(self, Role.SHARD, missing, now)}: "
-                f"version {self.state.version} could not be saved; {left}",
+                f"version {self.state.version} could not be saved; {describe_newest(self.snapshots.candidates)}",
             )

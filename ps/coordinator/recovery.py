@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ps.coordinator.decision import TrainingState
@@ -27,30 +27,47 @@ class Inspection:
     has_state: bool
     version: int
     last_decision: Decision | None
-    #: Chunks of the open step are updated already.
-    ahead: bool = False
+    #: By what chunks of the open step are updated already; None: none is.
+    ahead: Decision | None = None
 
 
-def surviving_version(
-    inspections: Sequence[Inspection], last: Decision | None, decided_steps: Collection[int] = ()
-) -> int | None:
+def surviving_version(inspections: Sequence[Inspection], last: Decision | None) -> int | None:
     """The version that the shards can go on from without loading anything, or None.
 
     Shards may be one decision apart: the last decision, told again, brings the others there.
 
     Args:
         last: the last decision in the journal, after what shards knew was adopted.
-        decided_steps: those that must not be eager; a shard that is ahead in one holds no version.
     """
     if not inspections or not all(inspection.has_state for inspection in inspections):
-        return None
-    if any(inspection.ahead and inspection.version in decided_steps for inspection in inspections):
         return None
     versions = {inspection.version for inspection in inspections}
     version = last.version if last is not None else 0
     return version if versions <= {version, version - 1} else None
 
 
+def can_complete(inspections: Sequence[Inspection], last: Decision | None, foregone: Decision | None) -> bool:
+    """Whether the steps in which chunks are updated already can end as they have begun.
+
+    Args:
+        last: the last decision.
+        foregone: what the decision of the open step will do; None: nobody knows.
+    """
+    for inspection in inspections:
+        if inspection.ahead is not None:
+            is_decided = last is not None and inspection.version == last.step
+            decision = last if is_decided else foregone
+            if decision is None or not decision.updates_as(inspection.ahead):
+                return False
+    return True
+
+
 def choose_checkpoint(candidates: Sequence[Candidate]) -> Candidate | None:
     """The newest one; None: start from initial values."""
     return max(candidates, key=lambda candidate: candidate.state.version, default=None)
+
+
+def describe_newest(candidates: Sequence[Candidate]) -> str:
+    """Say what is left of a run whose present version could not be saved."""
+    newest = choose_checkpoint(candidates)
+    return f"the last checkpoint is {newest.name}" if newest is not None else "there is no checkpoint"

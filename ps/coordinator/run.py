@@ -66,7 +66,7 @@ class Run:
         self.ask(TellDecision(shard, replace(decision, fence=self.fence)))
 
     def recover(self, why: str) -> None:
-        """Have the cluster made to serve anew."""
+        """Have the cluster made to serve anew under another fence, also when the run is to stop."""
         self.recovery_reason = why
 
     def end(self, ok: bool, reason: str) -> None:

@@ -10,7 +10,7 @@ import logging
 
 from ps.coordinator.actions import Configure, Control, Journal, Rewind, TellCluster, TellDeal
 from ps.coordinator.decision import TrainingState, after
-from ps.coordinator.recovery import Candidate, Inspection, choose_checkpoint, surviving_version
+from ps.coordinator.recovery import Candidate, Inspection, can_complete, choose_checkpoint, surviving_version
 from ps.coordinator.run import Phase, Run
 from ps.coordinator.steps import Steps
 from ps.coordinator.waiting import describe_wait, find_waits
@@ -45,6 +45,8 @@ class Serving:
         #: The worker that sends the initial values.
         self.initializer: int | None = None
         self._checkpoint: Candidate | None = None
+        #: A stop waits until the cluster serves: there is something to save.
+        self.goes_on = False
 
     # -- Facts ----------------------------------------------------------------------------------
 
@@ -106,9 +108,15 @@ class Serving:
         if step is not None:
             step(self, now)
 
-    def gather(self, why: str) -> None:
+    def gather(self, why: str, *, goes_on: bool = False) -> None:
+        """Make the cluster serve anew.
+
+        Args:
+            goes_on: whether that matters also when the run is to stop.
+        """
         if self._run.phase is Phase.ENDED:
             return
+        self.goes_on |= goes_on
         if self._run.phase is not Phase.GATHERING:
             log.info("the cluster is made to serve again: %s", why)
         self._run.phase = Phase.GATHERING
@@ -116,7 +124,7 @@ class Serving:
         self._inspections.clear()
 
     def _gathering(self, now: float) -> None:
-        if self._run.stop_reason is not None:
+        if self._run.stop_reason is not None and not self.goes_on:
             self._run.end(True, self._run.stop_reason)
             return
         if self._run.history.table is None or self._run.members.missing_shards():
@@ -164,13 +172,8 @@ class Serving:
         inspections = [self._inspections[shard] for shard in self._run.shards]
         if not self._adopt([i.last_decision for i in inspections if i.last_decision is not None]):
             return
-        version = surviving_version(inspections, self._run.history.last_decision, self._run.history.decided_steps)
-        if version is not None:
-            log.info("every shard still holds its state: going on at version %d", version)
-            self._run.last_decision = self._run.history.decisions.get(version - 1)
-            if self._run.last_decision is not None:
-                self._run.state = after(self._run.state, self._run.last_decision)
-            self._open()
+        version = surviving_version(inspections, self._run.history.last_decision)
+        if version is not None and self._go_on(version, inspections):
             return
         self._checkpoint = choose_checkpoint(self._run.snapshots.candidates)
         if self._checkpoint is None and (self._run.history.decisions or self._run.snapshots.rejected):
@@ -182,6 +185,18 @@ class Serving:
             )
             return
         self._enter(Phase.LOADING, Control.LOAD)
+
+    def _go_on(self, version: int, inspections: list[Inspection]) -> bool:
+        """Open with what the shards hold; False: the open step cannot end as some of them have begun it."""
+        last = self._run.history.decisions.get(version - 1)
+        state = after(self._run.state, last) if last is not None else self._run.state
+        if not can_complete(inspections, last, self._steps.foregone(state)):
+            log.warning("step %d was begun in a way in which it cannot be decided: going back to a checkpoint", version)
+            return False
+        log.info("every shard still holds its state: going on at version %d", version)
+        self._run.last_decision, self._run.state = last, state
+        self._open()
+        return True
 
     def _adopt(self, heard: list[Decision]) -> bool:
         """Take over what shards were told and the journal has lost; False: the run has ended, they conflict."""
@@ -224,7 +239,7 @@ class Serving:
     def _opening(self, now: float) -> None:
         if not self._all_answered():
             return
-        self._served = True
+        self._served, self.goes_on = True, False
         empty = not all(inspection.has_state for inspection in self._inspections.values())
         self._run.phase = Phase.INITIALIZING if empty else Phase.RUNNING
         for rank in self._run.members.live_workers():
@@ -235,7 +250,9 @@ class Serving:
                     self._run.tell_decision(shard, self._run.last_decision)
                 else:
                     self._steps.note_applied(shard)
-            self._steps.resume(any(inspection.ahead for inspection in self._inspections.values()), now)
+            version = self._run.state.version
+            ahead = [i for i in self._inspections.values() if i.ahead is not None and i.version == version]
+            self._steps.resume(bool(ahead), now)
 
     def _initializing(self, now: float) -> None:
         if self._run.stop_reason is not None:
@@ -246,7 +263,7 @@ class Serving:
             self._run.phase = Phase.RUNNING
             for shard in self._run.shards:
                 self._steps.note_applied(shard)
-            self._steps.begin_step(now)
+            self._steps.resume(False, now)
             return
         workers = self._run.members.live_workers()
         if self.initializer is None and workers:

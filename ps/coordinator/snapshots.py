@@ -67,6 +67,11 @@ class Snapshots:
     def exists(self, version: int) -> bool:
         return any(candidate.state.version == version for candidate in self.candidates)
 
+    @property
+    def newest(self) -> int:
+        """The version of the newest complete checkpoint; -1: there is none."""
+        return max((candidate.state.version for candidate in self.candidates), default=-1)
+
     def has_first(self) -> bool:
         """Whether there is anything to go back to; nothing is decided before that."""
         return bool(self.candidates)

@@ -6,12 +6,12 @@ import logging
 
 from ps.coordinator.actions import Journal, PrepareCheckpoint, Record, TellDeal, TellForegone, TellSnapshot
 from ps.coordinator.dealing import Dealing
-from ps.coordinator.decision import after, decide, foregone, same_content
+from ps.coordinator.decision import TrainingState, after, decide, foregone, same_content
 from ps.coordinator.evaluation import Evaluation
-from ps.coordinator.recovery import choose_checkpoint
+from ps.coordinator.recovery import describe_newest
 from ps.coordinator.run import Run
 from ps.coordinator.timings import Speed, Spent, Timings, finite
-from ps.types import Applied, Decision, Fence, Prepared
+from ps.types import Applied, Decision, Fence, Prepared, Role
 from ps.wire.proto import to_record
 
 log = logging.getLogger(__name__)
@@ -33,8 +33,9 @@ class Steps:
         self._applied: dict[int, Applied] = {}
         #: What shards may do of the open step without its decision.
         self._foregone: Decision | None = None
-        #: Shards may have updated chunks of the open step.
+        #: Shards may have updated chunks of the open step: it has to be completed.
         self._ahead = False
+        self._resumed_at = 0.0
 
     def reset(self) -> None:
         """A new fence: what belongs to another one is forgotten."""
@@ -103,14 +104,14 @@ class Steps:
             self._deal(now)
         if self.is_over():
             self._finish()
-        elif self._run.stop_reason is not None and not self._run.members.live_workers():
-            self._give_up_step()
         elif not self._run.snapshots.has_first() and self._run.snapshots.failure(self._run.state.version):
             # Without it there is nothing to go back to, so nothing may be decided.
             failure = self._run.snapshots.failure(self._run.state.version)
             self._run.end(False, f"the first checkpoint could not be written: {failure}")
         elif self._may_decide():
             self._decide(now)
+        elif self._run.stop_reason is not None:
+            self._stop_step(now)
         self._foresee()
         self._deal(now)
 
@@ -120,7 +121,7 @@ class Steps:
         Args:
             ahead: a shard has updated chunks of it already, so that it has to be completed.
         """
-        self._ahead = ahead
+        self._ahead, self._resumed_at = ahead, now
         self.begin_step(now)
 
     def begin_step(self, now: float) -> None:
@@ -160,13 +161,20 @@ class Steps:
     def _foresee(self) -> None:
         """Let the shards update without the decision, where it is foregone and nothing can stop the step any more."""
         run = self._run
-        waits = self.evaluation is not None or not run.snapshots.has_first() or self.is_over()
-        if self._foregone is not None or waits or run.state.version in run.history.decided_steps:
+        # After an overflow steps are decided until going back cannot lead before it again.
+        begun = run.snapshots.newest > run.history.last_overflow and self.evaluation is None
+        if self._foregone is not None or not begun or run.stop_reason is not None or self.is_over():
             return
-        self._foregone = foregone(run.config, run.state, run.fence)
-        self._ahead = self._foregone is not None
+        self._foregone = self.foregone(run.state)
+        self._ahead |= self._foregone is not None
         for shard in run.shards:
             self.tell_foregone(shard)
+
+    def foregone(self, state: TrainingState) -> Decision | None:
+        """What the decision of a state's open step will do; None: it depends on its reports."""
+        if state.version == self._run.history.last_overflow:
+            return None
+        return foregone(self._run.config, state, self._run.fence)
 
     def tell_foregone(self, shard: int) -> None:
         """Tell a shard (again) what is foregone, if anything is."""
@@ -176,18 +184,28 @@ class Steps:
     def _decide_later(self, step: int) -> None:
         """An eager step overflowed: some chunks are updated that should not be. It is made again, and decided."""
         log.warning("step %d overflowed after chunks of it were updated: going back, to skip it", step)
-        self._run.history.decided_steps.add(step)
+        self._run.history.last_overflow = step
         self._run.ask(Journal({"type": "overflow", "step": step}, sync=True))
         self._run.recover(f"step {step} overflowed")
 
-    def _give_up_step(self) -> None:
-        """Asked to stop in the middle of an eager step, which nobody is left to complete."""
-        newest = choose_checkpoint(self._run.snapshots.candidates)
-        left = f"the last checkpoint is {newest.name}" if newest is not None else "there is no checkpoint"
-        self._run.end(
-            False,
-            f"{self._run.stop_reason}, but step {self._run.state.version} is half done and no worker is left; {left}",
-        )
+    def _stop_step(self, now: float) -> None:
+        """Asked to stop in an eager step: it has to be completed where chunks of it are updated, and only there."""
+        version = self._run.state.version
+        if self._foregone is not None:
+            # A new fence withdraws what is foregone, and shows whether anybody has used it.
+            self._run.recover(f"{self._run.stop_reason}; is step {version} begun?")
+        elif self._is_alone(now):
+            self._run.end(
+                False,
+                f"{self._run.stop_reason}, but step {version} is half done and no worker is left; "
+                f"{describe_newest(self._run.snapshots.candidates)}",
+            )
+
+    def _is_alone(self, now: float) -> bool:
+        """No worker is there, and none that was there comes back."""
+        members = self._run.members
+        seen = max([self._resumed_at, *(member.last_seen for member in members.of(Role.WORKER))])
+        return not members.live_workers() and now - seen > self._run.config.membership.lease_s
 
     # -- Decisions ------------------------------------------------------------------------------
 
@@ -277,8 +295,9 @@ class Steps:
         return target is not None and result is not None and result["loss"] <= target
 
     def is_over(self) -> bool:
-        stopped = self._run.stop_reason is not None and not self._ahead
-        return self._reached_end() or self._target_reached() or stopped
+        if self._ahead:
+            return False
+        return self._reached_end() or self._target_reached() or self._run.stop_reason is not None
 
     def _finish(self) -> None:
         """Save the present version, then leave."""

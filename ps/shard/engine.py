@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ from ps.storage.manifest import read_manifest
 from ps.storage.reader import CheckpointReader
 from ps.storage.shard_file import ShardFile
 from ps.telemetry import logs
+from ps.telemetry.trace import Recorder
 from ps.types import Applied, Decision, Fence, ParameterTable, Prepared
 from ps.wire.messages import Initialize, Push
 from ps.wire.shared_memory import Segment
@@ -72,6 +74,7 @@ class ShardEngine:
         self.protocol = StepProtocol(self.plan, shard, shape)
         self.store = Store(self.chunks, Update(config.optimizer, dtype), dtype, eager=config.is_eager)
         self.outbox = Outbox()
+        self.trace = Recorder(config.traced_steps)
         #: Guards the protocol.
         self.lock = threading.RLock()
         #: Notified when another step is open.
@@ -88,6 +91,7 @@ class ShardEngine:
         #: Versions that were asked for while they were being written.
         self._asked_again: set[int] = set()
         self._prepared: Prepared | None = None
+        self._prepared_ns = 0
         self._last_applied: Applied | None = None
         metrics.ELEMENTS.set(self.store.num_elements)
 
@@ -149,7 +153,7 @@ class ShardEngine:
                 for name, array in self.store.arrays(chunk).items():
                     reader.read(name, chunk.start, array)
         for chunk in self.chunks:
-            self.store.published[chunk.index] = self.store.encode(chunk, manifest.version, manifest.applied)
+            self.store.publish(chunk, self.store.encode(chunk, manifest.version, manifest.applied))
         with self.lock:
             self.protocol.restored(manifest.version, manifest.applied, manifest.scaler.scale)
             self._loaded = True
@@ -174,10 +178,11 @@ class ShardEngine:
 
     def _await_snapshots(self, most: int) -> None:
         """Wait until at most so many snapshots are on their way to the disk."""
-        while len(self._snapshots) > most:
-            oldest = self._snapshots[0]
+        while len(snapshots := self._snapshots) > most:
+            oldest = snapshots[0]
             oldest.join(self.config.checkpoint.timeout_s)
-            self._snapshots = [snapshot for snapshot in self._snapshots if snapshot is not oldest]
+            with self.lock:
+                self._snapshots = [snapshot for snapshot in self._snapshots if snapshot is not oldest]
 
     def serve(self, fence: Fence, step: int, applied: int, loss_scale: float) -> None:
         """Open for workers under this fence."""
@@ -242,7 +247,7 @@ class ShardEngine:
             if not new:
                 return True
             self.store.weights(chunk)[:] = np.frombuffer(payload, np.float32)
-            self.store.published[chunk.index] = self.store.encode(chunk, 0, 0)
+            self.store.publish(chunk, self.store.encode(chunk, 0, 0))
             if self.protocol.initialized(chunk):
                 self.has_state = True
                 self.outbox.initialized(self.protocol.fence, self.shard)
@@ -260,6 +265,8 @@ class ShardEngine:
                 if self._last_applied is not None and self._last_applied.step == decision.step:
                     self.outbox.applied(self._last_applied)
                 return
+            if self.protocol.deciding is decision or self.protocol.step > before:
+                self.trace.add("wait for the decision", "wait", decision.step, self._prepared_ns, track="decision")
             self._submit_updates(decision, chunks)
             if self.protocol.step > before:
                 # Nothing is to be updated, or everything is.
@@ -269,6 +276,9 @@ class ShardEngine:
 
     def foresee(self, decision: Decision) -> None:
         """Update chunks as they are reduced, by what the decision of their step will be."""
+        if not self.config.is_eager:
+            # The coordinator was started anew with another job: here nothing is published beside the newest version.
+            return
         with self.lock:
             self._submit_updates(decision, self.protocol.foresee(decision))
 
@@ -278,24 +288,35 @@ class ShardEngine:
             self._pool.submit(self._guarded, self._apply, decision, chunk)
 
     def _apply(self, decision: Decision, chunk: Chunk) -> None:
-        # A disk slower than the steps slows the steps down; it never piles up copies.
-        self._await_snapshots(MAX_SNAPSHOTS)
-        for snapshot in self._snapshots:
-            snapshot.protect(chunk)
-        with self.lock:
-            if not self.protocol.begin_update(chunk, decision):
-                return
-            present = self.protocol.present(chunk)
-            self.store.retract(chunk)
-        with metrics.APPLY_SECONDS.time():
+        present = self._begin_update(decision, chunk)
+        if present is None:
+            return
+        with metrics.APPLY_SECONDS.time(), self.trace.span("apply", "apply", decision.step, chunk=chunk.index):
             published = self.store.apply(chunk, present, decision)
         metrics.APPLIED_ELEMENTS.inc(chunk.size)
         with self.lock:
-            self.store.published[chunk.index] = published
+            self.store.publish(chunk, published)
             closing = self.protocol.deciding
             if self.protocol.published(chunk) and closing is not None:
                 self._close_step(closing)
             self._wake()
+
+    def _begin_update(self, decision: Decision, chunk: Chunk) -> np.ndarray | None:
+        """Wait until a chunk may change; returns which of its runs do. None: it must not, by this decision."""
+        while True:
+            # A disk slower than the steps slows the steps down; it never piles up copies.
+            self._await_snapshots(MAX_SNAPSHOTS)
+            protected = self._snapshots
+            for snapshot in protected:
+                snapshot.protect(chunk)
+            with self.lock:
+                if any(snapshot not in protected for snapshot in self._snapshots):
+                    # It was asked for meanwhile, of the state before this update.
+                    continue
+                if not self.protocol.begin_update(chunk, decision):
+                    return None
+                self.store.retract(chunk)
+                return self.protocol.present(chunk)
 
     def _close_step(self, decision: Decision) -> None:
         """The decision is carried out; called with the lock held."""
@@ -332,8 +353,7 @@ class ShardEngine:
     def snapshot(self, version: int) -> None:
         """Begin to write the present state; the result goes to the outbox. Lock held or not."""
         with self.lock:
-            between = self.protocol.deciding is not None or self.protocol.is_ahead
-            if not self.has_state or self.protocol.step != version or between:
+            if not self.has_state or self.protocol.step != version or self.protocol.is_between:
                 raise NotServing(f"shard {self.shard} is at version {self.protocol.step}, not {version}")
             self._snapshots = [snapshot for snapshot in self._snapshots if not snapshot.join(0)]
             if any(snapshot.target.version == version for snapshot in self._snapshots):
@@ -361,7 +381,7 @@ class ShardEngine:
         with self.lock:
             asked_again = target.version in self._asked_again
             self._asked_again.discard(target.version)
-            unchanged = self.has_state and self.protocol.step == target.version and self.protocol.deciding is None
+            unchanged = self.has_state and self.protocol.step == target.version and not self.protocol.is_between
             if asked_again and unchanged and not _is_there(target, result):
                 # A new coordinator has emptied the folder under it.
                 self._begin_snapshot(target)
@@ -393,10 +413,12 @@ class ShardEngine:
         with self.lock:
             if not self.protocol.is_current(job, reduction):
                 return
+            step = self.protocol.step
         gradients = [held.gradient for held in job.held]
         weights = [held.slots for held in job.held]
         dtype = self.config.precision.wire
-        with metrics.REDUCE_SECONDS.time():
+        name = "fold" if isinstance(job, FoldJob) else "reduce"
+        with metrics.REDUCE_SECONDS.time(), self.trace.span(name, "reduce", step, chunk=job.chunk.index):
             if isinstance(job, FoldJob):
                 if reduction.accumulator is None:
                     reduction.accumulator = np.zeros(job.chunk.size, np.float64)
@@ -430,6 +452,7 @@ class ShardEngine:
         if self._prepared is None and self.protocol.serving and self.protocol.all_reduced:
             if self.protocol.deciding is not None:
                 return
+            self._prepared_ns = time.monotonic_ns()
             self._prepared = self.protocol.prepared(self.store.all_square_sums())
             self.outbox.prepared(self._prepared)
 

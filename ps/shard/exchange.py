@@ -1,22 +1,25 @@
 """One worker's tensor stream, as the shard sees it; any transport may carry it.
 
 Frames come in through `receive`; answers go out through `replies`, which blocks until there is one.
-Acknowledgements go first; a pull is answered chunk by chunk, as each is published.
+Acknowledgements go first; a pull is answered chunk by chunk: of those that are published, in forward order.
 """
 
 from __future__ import annotations
 
+import heapq
 import logging
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 from ps.errors import ConflictingContribution, MalformedFrame, Refusal, StaleFence, VersionGone
 from ps.shard import metrics
 from ps.shard.engine import ShardEngine
 from ps.shard.protocol import Accepted
 from ps.shard.sharing import StreamMemory
+from ps.shard.store import Store
 from ps.telemetry.metrics import LinkBytes
 from ps.types import Fence, Role
 from ps.wire import frame
@@ -42,11 +45,26 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Cursor:
-    """A pull on its way."""
+    """A pull on its way; chunks by their positions among the shard's."""
 
     request: Pull
-    #: Position, among the shard's chunks, of the one that goes next.
-    next: int = 0
+    #: Those that have not gone, and a heap of those among them that can go.
+    waiting: set[int]
+    ready: list[int] = field(default_factory=list)
+    #: What was published in the step that was looked at last, and how much of it was seen.
+    news: list[int] | None = None
+    seen: int = 0
+    #: The first chunk of the last frame; -1: nothing was sent, only found unchanged.
+    sent: int = -1
+
+    def look(self, store: Store) -> None:
+        """See what has been published since the last look: all of it once per step, then only what is new."""
+        if self.news is not store.news:
+            self.news, self.ready = store.news, sorted(self.waiting)
+        else:
+            for position in self.news[self.seen :]:
+                heapq.heappush(self.ready, position)
+        self.seen = len(self.news)
 
 
 class Exchange:
@@ -58,6 +76,8 @@ class Exchange:
         self._incarnation = incarnation
         self._outbox: deque[bytes] = deque()
         self._cursor: _Cursor | None = None
+        #: Whose answer is the frame that goes next; None: it is of no pull.
+        self._answered: _Cursor | None = None
         self._closed = False
         self._sharing = StreamMemory()
         #: Until the worker has said who it is.
@@ -77,7 +97,8 @@ class Exchange:
         try:
             fields, payload = frame.decode(data)
             header = parse_to_shard(fields)
-            self._handle(header, payload)
+            with self._taking(header):
+                self._handle(header, payload)
         except Refusal as refusal:
             self._refuse(refusal, header)
 
@@ -136,7 +157,7 @@ class Exchange:
     def _pull(self, header: Pull) -> None:
         with self._engine.lock:
             self._engine.protocol.check(header)
-            self._cursor = _Cursor(header)
+            self._cursor = _Cursor(header, set(range(len(self._engine.chunks))))
             self._changed.notify_all()
 
     def _refuse(self, refusal: Refusal, header: Header | None) -> None:
@@ -153,6 +174,17 @@ class Exchange:
             self._outbox.append(encoded)
             self._changed.notify_all()
 
+    def _taking(self, header: Header) -> AbstractContextManager[None]:
+        """What a push costs, in a timeline: its way here, and what is done with it."""
+        trace = self._engine.trace
+        if not trace.on or not isinstance(header, Push | PushPlaced):
+            return nullcontext()
+        chunk = header.chunk if isinstance(header, Push) else -1
+        about = {"chunk": chunk, "contribution": header.contribution}
+        track = f"stream from worker {header.rank}"
+        trace.since_last("receive", "push", header.step, track=track, **about)
+        return trace.span("take", "push", header.step, track=track, **about)
+
     # -- Outgoing -------------------------------------------------------------------------------
 
     def replies(self) -> Iterator[bytes]:
@@ -168,23 +200,33 @@ class Exchange:
             if reply is None:
                 return
             self._bytes.sent.inc(len(reply))
-            yield reply
+            with self._sending():
+                yield reply
 
     def _next(self) -> bytes | None:
         """The next frame that can go now; called with the lock held."""
         if self._closed:
             return None
+        self._answered = None
         if self._outbox:
             return self._outbox.popleft()
-        cursor = self._cursor
+        cursor = self._answered = self._cursor
         if cursor is None:
             return None
         try:
             return self._advance(cursor)
         except Refusal as refusal:
-            self._cursor = None
+            self._cursor = self._answered = None
             metrics.REFUSED_FRAMES.labels(refusal.code).inc()
             return frame.encode(Refused(refusal.code, refusal.message, cursor.request.version, -1, -1).pack())
+
+    def _sending(self) -> AbstractContextManager[None]:
+        """What a frame's way out costs, in a timeline."""
+        cursor, trace = self._answered, self._engine.trace
+        if not trace.on or cursor is None:
+            return nullcontext()
+        track = f"stream to worker {cursor.request.rank}"
+        return trace.span("send", "pull", cursor.request.version - 1, chunk=cursor.sent, track=track)
 
     def _advance(self, cursor: _Cursor) -> bytes | None:
         engine, request = self._engine, cursor.request
@@ -192,40 +234,43 @@ class Exchange:
             raise StaleFence(f"the fence moved to {engine.protocol.fence} while version {request.version} was pulled")
         if not engine.protocol.serving or not engine.has_state:
             return None
+        cursor.look(engine.store)
         placed: list[list[int]] = []
         applied = -1
-        while cursor.next < len(engine.chunks) and len(placed) < MAX_PLACES:
-            chunk = engine.chunks[cursor.next]
+        reply: bytes | None = None
+        while cursor.ready and reply is None and len(placed) < MAX_PLACES:
+            position = cursor.ready[0]
+            if position not in cursor.waiting:
+                heapq.heappop(cursor.ready)
+                continue
+            chunk = engine.chunks[position]
             published = engine.store.at(chunk, request.version)
-            if published.version != request.version:
-                break
-            if published.applied != request.applied:
-                if not self._sharing.ready or published.place < 0:
-                    break
+            if published.version > request.version:
+                raise VersionGone(
+                    f"version {request.version} is no longer published; chunk {chunk.index} is at {published.version}"
+                )
+            is_new = published.version == request.version and published.applied != request.applied
+            if is_new and self._sharing.ready and published.place >= 0:
                 placed.append([chunk.index, published.place, published.slot, published.sequence])
                 applied = published.applied
                 self._bytes.sent.inc(chunk.size * engine.store.dtype.itemsize)
-            cursor.next += 1
+            elif is_new and placed:
+                break
+            elif is_new:
+                reply = engine.store.frame(chunk, published)
+                cursor.sent = chunk.index
+            heapq.heappop(cursor.ready)
+            if published.version == request.version:
+                cursor.waiting.discard(position)
         if placed:
-            # What is there is told of at once: a frame costs more than what it says.
-            self._end_if_done(cursor)
-            return frame.encode(Placed(applied, str(engine.store.dtype), placed).pack())
-        if cursor.next == len(engine.chunks):
+            # Everything that is there is told of at once: a frame costs more than what it says.
+            reply = frame.encode(Placed(applied, str(engine.store.dtype), placed).pack())
+            cursor.sent = placed[0][0]
+        if not cursor.waiting:
             self._cursor = None
-            return frame.encode(Unchanged(request.version, engine.protocol.applied).pack())
-        if published.version > request.version:
-            raise VersionGone(
-                f"version {request.version} is no longer published; chunk {chunk.index} is at {published.version}"
-            )
-        if published.version < request.version:
-            return None
-        cursor.next += 1
-        self._end_if_done(cursor)
-        return engine.store.frame(chunk, published)
-
-    def _end_if_done(self, cursor: _Cursor) -> None:
-        if cursor.next == len(self._engine.chunks):
-            self._cursor = None
+            if cursor.sent < 0:
+                reply = frame.encode(Unchanged(request.version, engine.protocol.applied).pack())
+        return reply
 
 
 def _bitmap(chunks: list[int], engine: ShardEngine) -> bytes:

@@ -24,7 +24,7 @@ from ps.errors import (
     WrongLength,
     WrongLossScale,
 )
-from ps.shard.reduction import ChunkReduction, Held, ReductionJob
+from ps.shard.reduction import ChunkReduction, Held, Progress, ReductionJob
 from ps.sharding import Chunk, Plan
 from ps.types import ContributionReport, Decision, Fence, Prepared, WireDtype, slot_range
 from ps.wire.messages import Fenced, Initialize, Push
@@ -68,8 +68,10 @@ class StepProtocol:
         self.loss_scale = 1.0
         self.deciding: Decision | None = None
         self.last_decision: Decision | None = None
-        #: What the decision of a step will do, where it is known before it.
+        #: What the decision of a step will do, where it is known before it; told anew under each fence.
         self.foregone: Decision | None = None
+        #: By what chunks of the open step were updated, or are about to be, without its decision.
+        self.updated_by: Decision | None = None
         self._chunks = {chunk.index: chunk for chunk in plan.chunks_of(shard)}
         self._slots = [len(slot_range(c, shape.contributions, shape.slots)) for c in range(shape.contributions)]
         self._reports: dict[int, ContributionReport] = {}
@@ -79,6 +81,7 @@ class StepProtocol:
         #: Chunks of the open step that are not updated, and those that are or are about to be.
         self._unpublished: set[int] = set()
         self._updating: set[int] = set()
+        self._progress = Progress()
         self._reductions: dict[int, ChunkReduction] = {}
         self._reset()
 
@@ -88,6 +91,9 @@ class StepProtocol:
         """Learn a fence; an older one is refused."""
         if fence < self.fence:
             raise StaleFence(f"the fence {fence} is older than this shard's {self.fence}")
+        if fence > self.fence:
+            # Whoever asks now whether chunks are updated may rely on the answer.
+            self.foregone = None
         self.fence = fence
 
     def close(self) -> None:
@@ -203,7 +209,7 @@ class StepProtocol:
 
     @property
     def chunks_reduced(self) -> int:
-        return sum(reduction.reduced for reduction in self._reductions.values())
+        return self._progress.chunks_reduced
 
     # -- Reduction ------------------------------------------------------------------------------
 
@@ -239,8 +245,7 @@ class StepProtocol:
                 f"decision {decision.step} came while step {self.step} has {self.chunks_reduced} of "
                 f"{len(self._chunks)} chunks reduced"
             )
-        if self.is_ahead and not (self.foregone is not None and decision.updates_as(self.foregone)):
-            raise DecisionRejected(f"decision {decision.step} is another one than was foregone, and chunks are updated")
+        self._check_foregone(decision)
         self.deciding = decision
         if decision.skip or not self._unpublished:
             self._open_next()
@@ -253,6 +258,8 @@ class StepProtocol:
             raise StaleFence(f"what is foregone under {decision.fence}, where this shard is at {self.fence}")
         if decision.step < self.step:
             return []
+        if decision.step == self.step:
+            self._check_foregone(decision)
         self.foregone = decision
         return [chunk for chunk in self._chunks.values() if self.may_foresee(chunk)]
 
@@ -267,6 +274,8 @@ class StepProtocol:
         foreseen = decision is self.foregone and self.may_foresee(chunk)
         if not foreseen and (decision is not self.deciding or chunk.index in self._updating):
             return False
+        if foreseen:
+            self.updated_by = decision
         self._updating.add(chunk.index)
         return True
 
@@ -277,7 +286,12 @@ class StepProtocol:
     @property
     def is_ahead(self) -> bool:
         """Chunks of the open step are updated, or about to be, without its decision."""
-        return bool(self._updating) and self.deciding is None
+        return self.updated_by is not None and self.deciding is None
+
+    @property
+    def is_between(self) -> bool:
+        """The state is between two versions: some chunks may be updated and some not."""
+        return self.deciding is not None or self.is_ahead
 
     def present(self, chunk: Chunk) -> np.ndarray:
         """Which runs of a chunk had a gradient in any contribution, as booleans."""
@@ -310,9 +324,20 @@ class StepProtocol:
         self._chunks_held = [0] * self.shape.contributions
         self._unpublished = set(self._chunks)
         self._updating = set()
+        self.updated_by = None
+        # Anew, so that a job of the step before that ends late counts for that one.
+        progress = self._progress = Progress()
         self._reductions = {
-            index: ChunkReduction(chunk, self.shape.contributions, exact) for index, chunk in self._chunks.items()
+            index: ChunkReduction(chunk, self.shape.contributions, exact, progress)
+            for index, chunk in self._chunks.items()
         }
+
+    def _check_foregone(self, decision: Decision) -> None:
+        """Refuse what would do something else to the open step's other chunks than was done to some."""
+        if self.updated_by is not None and not decision.updates_as(self.updated_by):
+            raise DecisionRejected(
+                f"decision {decision.step} is another one than was foregone, by which chunks are updated already"
+            )
 
     def restored(self, step: int, applied: int, loss_scale: float) -> None:
         """Take over the counters of a checkpoint that has been loaded."""

@@ -104,8 +104,9 @@ class ShardHost:
                 has_state=engine.has_state,
                 version=protocol.step,
                 applied=protocol.applied,
-                ahead=protocol.is_ahead,
             )
+            if protocol.is_ahead and protocol.updated_by is not None:
+                response.updated_by.CopyFrom(to_proto(protocol.updated_by))
             last = protocol.deciding or protocol.last_decision
             if last is not None:
                 response.last_decision.CopyFrom(to_proto(last))
@@ -143,7 +144,7 @@ class ShardHost:
                 continue
             for name, array in engine.store.arrays(chunk).items():
                 with engine.lock:
-                    if engine.protocol.step != version or engine.protocol.deciding is not None:
+                    if engine.protocol.step != version or engine.protocol.is_between:
                         raise NotServing(f"version {version} was left while it was read; try again")
                     encoded = frame.encode(State(version, chunk.index, name).pack(), array)
                 yield encoded

@@ -46,6 +46,9 @@ class Store:
         self.published: dict[int, Published] = {}
         #: What was published before, of chunks that are updated in the open step.
         self._before: dict[int, Published] = {}
+        self._positions = {chunk.index: position for position, chunk in enumerate(chunks)}
+        #: Positions of the chunks that were published in the open step, as they were; the next step has another list.
+        self.news: list[int] = []
 
     def _slice(self, array: np.ndarray, chunk: Chunk) -> np.ndarray:
         start = self._offsets[chunk.index]
@@ -98,6 +101,11 @@ class Store:
         self._hashes[chunk.index] = self.update.state_hash(self.weights(chunk), self.moments(chunk), chunk.start)
         return self.publication.publish(draft, version)
 
+    def publish(self, chunk: Chunk, published: Published) -> None:
+        """From now on workers get this."""
+        self.published[chunk.index] = published
+        self.news.append(self._positions[chunk.index])
+
     def retract(self, chunk: Chunk) -> None:
         """A chunk is about to be published anew: nobody may be told any more of a place that is written again."""
         published = self.published.get(chunk.index)
@@ -116,6 +124,7 @@ class Store:
     def close_step(self) -> None:
         """The version before the present one is not needed any more."""
         self._before.clear()
+        self.news = []
 
     def frame(self, chunk: Chunk, published: Published) -> bytes:
         """The frame of what `at` returned, for a worker that shares no memory."""
@@ -131,4 +140,4 @@ class Store:
         for array in (self._weights, *self._moments.values()):
             array[:] = 0
         self.published.clear()
-        self._before.clear()
+        self.close_step()

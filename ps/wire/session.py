@@ -52,6 +52,8 @@ class Session:
         self.member = member
         self.run = ""
         self.failure: PsError | None = None
+        #: The coordinator has answered on a stream that has not broken since.
+        self.connected = False
         self._on_message = on_message
         self._on_connect = on_connect
         self._doing = ""
@@ -124,6 +126,31 @@ class Session:
         """Say what the member is doing; travels with the next heartbeat."""
         self._doing = text
 
+    def clock(self) -> pb.ClockResponse:
+        """Read the coordinator's clock.
+
+        Raises:
+            PsError: it did not answer.
+        """
+        try:
+            answer: pb.ClockResponse = self._stub.Clock(pb.ClockRequest(), timeout=CALL_TIMEOUT_S)
+        except grpc.RpcError as failure:
+            raise error_of(failure, f"asking {self.address} for its clock") from None
+        return answer
+
+    def trace(self, part: pb.TraceRequest) -> None:
+        """Hand over this member's part of a timeline; all but the member and the run is filled in.
+
+        Raises:
+            PsError: the coordinator did not take it.
+        """
+        part.member.CopyFrom(self.member)
+        part.run = self.run
+        try:
+            self._stub.Trace(part, timeout=CALL_TIMEOUT_S)
+        except grpc.RpcError as failure:
+            raise error_of(failure, f"handing {self.address} a part of the trace") from None
+
     def abandon(self) -> None:
         """Have `register` give up; safe in a signal handler."""
         self._closing.set()
@@ -180,7 +207,7 @@ class Session:
         try:
             for response in call:
                 if not answered:
-                    answered = True
+                    answered = self.connected = True
                     self._on_connect()
                 if response.WhichOneof("event") == "end":
                     # The stream's end that follows is no loss.
@@ -191,6 +218,7 @@ class Session:
             if not answered or not isinstance(error, PeerUnavailable):
                 raise error from None
         finally:
+            self.connected = False
             outbox.put(None)
             call.cancel()
         return answered

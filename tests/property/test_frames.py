@@ -189,7 +189,9 @@ def header_strategy(cls: type[Header]) -> st.SearchStrategy[Header]:
     special: dict[str, st.SearchStrategy[Any]] = {"hash": EIGHT}
     if cls in ROWS:
         special["chunks"] = st.lists(ROWS[cls].map(list), max_size=3)
-    return st.builds(cls, **{f.name: special.get(f.name, OF_TYPE[str(f.type)]) for f in fields(cls)})
+    return st.builds(
+        cls, **{f.name: special[f.name] if f.name in special else OF_TYPE[str(f.type)] for f in fields(cls)}
+    )
 
 
 @pytest.mark.parametrize("cls", TO_SHARD + TO_WORKER)

@@ -102,6 +102,7 @@ FIELDS = [
     "loss_sum",
     "tokens",
     "chunks",
+    "greeting",
     "plan",
     "version",
     "applied",
@@ -198,8 +199,8 @@ class Target:
     def frames(self) -> list[bytes]:
         shard, version = self.shard, self.shard.state.version
         others: list[Header] = [shard.hello(), shard.pull(version), shard.pull(version + 1, shard.state.applied)]
-        # Nothing is shared on this stream: whatever the places say, they are none.
-        others.append(placed(shard.pushes()[0][0]))
+        # Nothing is shared on this stream: whatever its places say, they are none.
+        others += [placed(push) for push, _ in shard.pushes()]
         return [
             *(encode_frame(*push) for push in shard.pushes()),
             *(encode_frame(*shard.initial(chunk)) for chunk in shard.chunks),
@@ -316,13 +317,14 @@ def test_while_everything_is_held(target: Target, batch: list[Any]) -> None:
 def test_the_mutations_do_hit(target: Target) -> None:
     """They are neither all harmless nor all so gross that nothing is looked at beyond the first byte."""
     random = Random(1)
-    codes: set[str] = set()
-    for _ in range(4000):
-        field, value = random.choice(FIELDS), random.choice(NASTY)
-        how = random.choice(["flip head", "flip", "cut", "swap payload", "set", "set"])
-        mutation = (how, field, value) if how == "set" else (how, random.randrange(10_000), random.randrange(1, 256))
-        answers = target.attack([(random.randrange(10_000), [mutation])])
-        codes |= {answer.code for answer in answers if isinstance(answer, Refused)}
+    mutations: list[tuple[str, Any, Any]] = [("set", field, value) for field in FIELDS for value in NASTY]
+    for _ in range(1000):
+        how = random.choice(["flip head", "flip", "cut", "swap payload"])
+        mutations.append((how, random.randrange(10_000), random.randrange(1, 256)))
+    # The first frame is a push; the others have their turns too.
+    answers = target.attack([(0, [mutation]) for mutation in mutations])
+    answers += target.attack([(random.randrange(10_000), [mutation]) for mutation in mutations])
+    codes = {answer.code for answer in answers if isinstance(answer, Refused)}
     target.finish_step()
     assert {
         "MALFORMED_FRAME",

@@ -220,7 +220,7 @@ class Hand:
     def __init__(self, storm: Storm, rank: int, incarnation: int) -> None:
         self.inbox = Inbox()
         #: Stands for the session.
-        session: Any = SimpleNamespace(run=RUN, send=self._hear, doing=lambda _text: None)
+        session: Any = SimpleNamespace(run=RUN, send=self._hear, doing=lambda _text: None, connected=True)
         self.chain = Chain(storm.plan, storm.wire, storm.truth, random.Random(storm.rng.random()))
         transport = StormyTransport(
             InProcessTransport(storm.open_stream), random.Random(storm.rng.random()), storm.weather
@@ -253,6 +253,8 @@ class Hand:
         self.inbox.put(Said(pb.SessionResponse(**event)))
 
     def end(self) -> None:
+        # Asked twice it leaves the open step, too.
+        self.worker.leave()
         self.worker.leave()
         self.thread.join(STUCK_S)
         assert not self.thread.is_alive(), "a worker cannot be ended"

@@ -128,8 +128,8 @@ def test_a_gradient_is_held_until_the_first_weights_after_it(client: Client) -> 
     assert client.source.discarded == 1
 
 
-def test_where_steps_are_eager_a_gradient_is_held_until_the_last_weights_after_it() -> None:
-    """Other chunks of it may still be on their way."""
+def test_where_steps_are_eager_a_gradient_is_held_until_the_next_deal() -> None:
+    """Weights prove no decision: other chunks of it may still be on their way, to a shard that may die."""
     client = Client()
     client.open()
     client.parameters.pulled.eager = True
@@ -139,6 +139,8 @@ def test_where_steps_are_eager_a_gradient_is_held_until_the_last_weights_after_i
     client.bring(6, 0, 1)
     assert client.source.discarded == 0
     client.bring(6, 2)
+    assert client.source.discarded == 0
+    client.parameters.begin_step(6)
     assert client.source.discarded == 1
     client.parameters.close()
 

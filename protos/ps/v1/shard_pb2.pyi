@@ -52,22 +52,22 @@ class ConfigureRequest(_message.Message):
     def __init__(self, action: _Optional[_Union[ConfigureRequest.Action, str]] = ..., fence: _Optional[_Union[_common_pb2.Fence, _Mapping]] = ..., run: _Optional[str] = ..., shard: _Optional[int] = ..., num_shards: _Optional[int] = ..., table: _Optional[bytes] = ..., job: _Optional[str] = ..., contributions: _Optional[int] = ..., checkpoint: _Optional[str] = ..., manifest_sha256: _Optional[str] = ..., step: _Optional[int] = ..., applied: _Optional[int] = ..., loss_scale: _Optional[float] = ..., nonce_file: _Optional[str] = ..., nonce: _Optional[str] = ...) -> None: ...
 
 class ConfigureResponse(_message.Message):
-    __slots__ = ("plan_digest", "incarnation", "has_state", "version", "applied", "last_decision", "ahead")
+    __slots__ = ("plan_digest", "incarnation", "has_state", "version", "applied", "last_decision", "updated_by")
     PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     HAS_STATE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     APPLIED_FIELD_NUMBER: _ClassVar[int]
     LAST_DECISION_FIELD_NUMBER: _ClassVar[int]
-    AHEAD_FIELD_NUMBER: _ClassVar[int]
+    UPDATED_BY_FIELD_NUMBER: _ClassVar[int]
     plan_digest: str
     incarnation: int
     has_state: bool
     version: int
     applied: int
     last_decision: _common_pb2.Decision
-    ahead: bool
-    def __init__(self, plan_digest: _Optional[str] = ..., incarnation: _Optional[int] = ..., has_state: bool = ..., version: _Optional[int] = ..., applied: _Optional[int] = ..., last_decision: _Optional[_Union[_common_pb2.Decision, _Mapping]] = ..., ahead: bool = ...) -> None: ...
+    updated_by: _common_pb2.Decision
+    def __init__(self, plan_digest: _Optional[str] = ..., incarnation: _Optional[int] = ..., has_state: bool = ..., version: _Optional[int] = ..., applied: _Optional[int] = ..., last_decision: _Optional[_Union[_common_pb2.Decision, _Mapping]] = ..., updated_by: _Optional[_Union[_common_pb2.Decision, _Mapping]] = ...) -> None: ...
 
 class SnapshotRequest(_message.Message):
     __slots__ = ("chunks",)

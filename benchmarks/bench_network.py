@@ -1,0 +1,188 @@
+"""A step across limited links, against the time that its bytes take at the line rate, and against DDP.
+
+Hosts are network namespaces; the line rate is measured with raw TCP in the same round. Workers have their gradients
+already, so that a step is push, decision, update and pull. What has to cross: a worker pushes its gradients (2 bytes
+per parameter, P of them) to the shards that are not on its host and pulls as much from them, a shard takes and
+publishes what belongs to it. For each link and direction these bytes are added up; the fullest one sets the floor:
+
+    decided  (bytes up + bytes down) / line rate      up, then down: nothing is published before all is pushed
+    eager    max over directions / line rate          both directions of every link are busy at once
+
+With shards on hosts of their own each worker's link carries 2P bytes up and 2P down: 4P, or 2P for an eager step. DDP's
+ring moves 2 (W-1)/W 2P each way: 3P with 4 workers. With a worker and a shard on each of 4 hosts a quarter stays there,
+but each direction carries pushes and pulls: 3P for both, which is why an eager step cannot beat DDP's ring there.
+
+    python benchmarks/bench_network.py [--modes decided,eager] [--rounds 5] [--steps 8] [--short] [--json FILE]
+
+Needs root, iproute2 and 8 network namespaces; says so and measures nothing where it has not got them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import statistics
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.support.ddp import run_ddp
+from benchmarks.support.hosts import Host, Network, missing
+from benchmarks.support.line import line_rate
+from benchmarks.support.load_cluster import Layout, Load, run_load, step_seconds
+from benchmarks.support.report import Check, Report
+
+#: What a job says beside the layout, by mode.
+MODES = {
+    "decided": ("precision.wire=fp16", "optimizer.clip_norm=1.0"),
+    "eager": ("precision.wire=bf16", "optimizer.clip_norm=0"),
+}
+#: A step may take so many times its floor.
+BOUNDS = {"decided": 1.11, "eager": 1.2}
+#: An eager step is at least so many times as fast as DDP with the FP16 compression hook.
+DDP_BOUND = 1.3
+#: Bytes of a gradient or weight on the wire.
+WIRE_BYTES = 2
+#: The line rate is measured over so much of the link's time.
+LINE_S = 1.5
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Workers and shards on a network."""
+
+    name: str
+    parameters: int
+    bits_per_s: float
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Bytes that each host sends and receives in a step, by phase."""
+
+    push_out: Counter[Host]
+    push_in: Counter[Host]
+
+    @classmethod
+    def of(cls, layout: Layout, parameters: int) -> Crossing:
+        """Add up what goes from each worker to each shard on another host; pulls are the same the other way."""
+        out, into = Counter[Host](), Counter[Host]()
+        for worker in layout.workers:
+            for shard in layout.shards:
+                if shard != worker:
+                    out[worker] += WIRE_BYTES * parameters // len(layout.shards)
+                    into[shard] += WIRE_BYTES * parameters // len(layout.shards)
+        return cls(out, into)
+
+    def floor_bytes(self, mode: str) -> int:
+        """Bytes through the fullest direction of a link, one phase after the other or both at once."""
+        if mode == "decided":
+            return 2 * max(*self.push_out.values(), *self.push_in.values())
+        return max((self.push_out + self.push_in).values())
+
+
+class Times:
+    """Seconds of a step, and how often its floor they are, one of each per round."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.ratios: list[float] = []
+
+    def note(self, seconds: float, floor_s: float) -> None:
+        self.seconds.append(seconds)
+        self.ratios.append(seconds / floor_s)
+
+    def row(self, report: Report, setting: str, what: str) -> None:
+        ratio = statistics.median(self.ratios)
+        seconds = statistics.median(self.seconds)
+        report.row(setting, what, seconds, min(self.seconds), max(self.seconds), seconds / ratio, ratio)
+
+
+def measure(settings: list[Setting], modes: list[str], rounds: int, steps: int, report: Report) -> None:
+    """Measure settings that share a network, and DDP on the hosts of the first one's workers; rounds alternate."""
+    first = settings[0]
+    peers = first.layout.workers
+    times = {(setting.name, mode): Times() for setting in settings for mode in modes}
+    ring, lines = Times(), []
+    for _ in range(rounds):
+        host, other = first.layout.workers[0], first.layout.shards[0]
+        line = line_rate(host, other, int(LINE_S * first.bits_per_s / 8))
+        lines.append(line)
+        for setting in settings:
+            crossing = Crossing.of(setting.layout, setting.parameters)
+            for mode in modes:
+                seconds = step_seconds(run_load(setting.layout, Load(setting.parameters), steps, *MODES[mode]))
+                floor_s = crossing.floor_bytes(mode) / line
+                times[setting.name, mode].note(statistics.median(seconds), floor_s)
+        if len(peers) > 1:
+            seconds = run_ddp(peers, first.parameters, steps, compress=True)
+            moved = 2 * (len(peers) - 1) / len(peers) * WIRE_BYTES * first.parameters
+            ring.note(statistics.median(seconds), moved / line)
+    report.note(f"line rate at {first.bits_per_s / 1e6:.0f} Mbit/s, raw TCP, Mbit/s", 8e-6 * statistics.median(lines))
+    for setting in settings:
+        for mode in modes:
+            found = times[setting.name, mode]
+            found.row(report, setting.name, mode)
+            ratio, bound = statistics.median(found.ratios), BOUNDS[mode]
+            name = f"{setting.name}: a {mode} step, times its bytes at the line rate"
+            report.check(Check(name, ratio, bound, ratio <= bound))
+    if ring.seconds:
+        ring.row(report, first.name, "DDP gloo fp16 hook")
+        if "eager" in modes:
+            faster = _ratio(ring, times[first.name, "eager"])
+            name = f"{first.name}: an eager step, times as fast as DDP with FP16 compression"
+            report.check(Check(name, faster, DDP_BOUND, faster >= DDP_BOUND))
+        for mode in modes:
+            report.note(f"{first.name}: DDP / {mode}", _ratio(ring, times[first.name, mode]))
+
+
+def _ratio(one: Times, other: Times) -> float:
+    """The median of the rounds' ratios."""
+    return statistics.median(a / b for a, b in zip(one.seconds, other.seconds, strict=True))
+
+
+def _pair(hosts: list[Host]) -> list[Setting]:
+    """One worker, one shard."""
+    worker, shard = hosts
+    return [Setting("1 + 1, 1 Gbit/s, 25M", 25_000_000, 1e9, Layout(shard, [shard], [worker]))]
+
+
+def _four(hosts: list[Host]) -> list[Setting]:
+    """Four workers and four shards: on hosts of their own, then two and two on a host."""
+    workers, shards = hosts[:4], hosts[4:]
+    return [
+        Setting("4 + 4 on 8 hosts, 200 Mbit/s, 5M", 5_000_000, 200e6, Layout(shards[0], shards, workers)),
+        Setting("4 + 4 on 4 hosts, 200 Mbit/s, 5M", 5_000_000, 200e6, Layout(workers[0], workers, workers)),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modes", default="decided,eager", help="which steps, separated by commas")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--short", action="store_true", help="2 rounds of 4 steps")
+    parser.add_argument("--json", type=Path, default=Path("runs/bench/network.json"))
+    arguments = parser.parse_args()
+    modes = arguments.modes.split(",")
+    if unknown := [mode for mode in modes if mode not in MODES]:
+        parser.error(f"--modes {','.join(unknown)}: there are {', '.join(MODES)}")
+    rounds, steps = (2, 4) if arguments.short else (arguments.rounds, arguments.steps)
+    # So that the network is taken down.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    report = Report("network", ["setting", "step", "median s", "min s", "max s", "floor s", "times its floor"])
+    lacking = missing()
+    if lacking is not None:
+        report.note("skipped", lacking)
+        report.finish(arguments.json)
+    with Network(2, 1e9) as network:
+        measure(_pair(network.hosts), modes, rounds, steps, report)
+    with Network(8, 200e6) as network:
+        measure(_four(network.hosts), modes, rounds, steps, report)
+    report.finish(arguments.json)
+
+
+if __name__ == "__main__":
+    main()
