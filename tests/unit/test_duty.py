@@ -38,7 +38,18 @@ class Bench:
         self.sent: list[dict[str, Any]] = []
         session: Any = SimpleNamespace(run="run", send=lambda **event: self.sent.append(event), doing=lambda _: None)
         client = self.shard.parameters
-        self.duty = Duty(session, self.shard.inbox, client, SLOTS, WireDtype.FP16, layerwise=layerwise, eager=eager)
+        #: Seconds that pushing took beyond computing.
+        self.push_s: list[float] = []
+        self.duty = Duty(
+            session,
+            self.shard.inbox,
+            client,
+            SLOTS,
+            WireDtype.FP16,
+            layerwise=layerwise,
+            eager=eager,
+            on_pushed=self.push_s.append,
+        )
         self.pulled = client.pulled
 
     def _decode(self, chunk: Chunk, _payload: Any) -> None:
@@ -325,3 +336,31 @@ def test_a_shard_that_lost_a_gradient_that_is_gone_has_it_computed_again(bench: 
     assert bench.duty.dealt.pending == [0]
     bench.contribute(0)
     assert bench.shard.pushed[9:] == [(0, 1), (0, 2)]
+
+
+def test_what_was_sent_while_it_was_computed_took_no_time(bench: Bench) -> None:
+    push_step(bench)
+    bench.hear(Ack(5, 0, -1))
+    (contributed,) = [event["contributed"] for event in bench.sent]
+    assert (contributed.contribution, contributed.push_s) == (0, 0.0)
+    assert bench.push_s == [0.0]
+
+
+def test_what_was_not_took_until_it_was_sent(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    push_step(bench)
+    bench.deal(5, 1)
+    assert bench.ready()
+    goes_on = threading.Event()
+    send = bench.shard.stream.send
+    monkeypatch.setattr(bench.shard.stream, "send", lambda *frame: goes_on.wait(TIMEOUT_S) and send(*frame))
+    begun = bench.begin(1)
+    bench.duty.done()
+    bench.duty.push(begun, 0.0)
+    goes_on.set()
+    bench.shard.parameters._pusher.settle()
+    for contribution in (0, 1):
+        bench.hear(Ack(5, contribution, -1))
+    found = {event["contributed"].contribution: event["contributed"].push_s for event in bench.sent}
+    assert found[0] == 0.0
+    assert found[1] > 0.0
+    assert bench.push_s == list(found.values())
