@@ -222,6 +222,8 @@ class Duty:
         if not dealt.pending and not dealt.evaluate:
             return None
         if self._client.pulled.use(dealt.step, early=self._layerwise):
+            # Of something that was left.
+            self._waited_s = 0.0
             return dealt
         # Torn by the next version means that this one is decided; but where steps are eager it may still be needed.
         if self.eager or not self._client.pulled.is_torn:

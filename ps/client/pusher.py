@@ -107,8 +107,9 @@ class Pusher:
         #: The contribution whose gradient is there.
         self._buffered: Contribution | None = None
         self._untold: dict[int, _Untold] = {}
-        #: When the last chunk of each contribution of a step was sent, by the monotonic clock.
-        self._sent_at: dict[tuple[int, int], float] = {}
+        #: The step that is pushed, and when the last chunk of each of its contributions was sent.
+        self._sent_step = -1
+        self._sent_at: dict[int, float] = {}
         self._thread: threading.Thread | None = None
 
     def put(self, contribution: Contribution, slots: int, chunk: Chunk) -> None:
@@ -133,7 +134,7 @@ class Pusher:
 
     def sent_at(self, step: int, contribution: int) -> float | None:
         """When the last of what was put of a contribution was sent, by the monotonic clock; None: nothing was."""
-        return self._sent_at.get((step, contribution))
+        return self._sent_at.get(contribution) if step == self._sent_step else None
 
     def forget(self) -> None:
         """The gradient is about to be overwritten; `settle` comes first."""
@@ -185,9 +186,9 @@ class Pusher:
                 self._changed.notify_all()
 
     def _note_sent(self, contribution: Contribution) -> None:
-        if any(step != contribution.step for step, _ in self._sent_at):
-            self._sent_at = {}
-        self._sent_at[contribution.step, contribution.index] = time.monotonic()
+        if contribution.step != self._sent_step:
+            self._sent_step, self._sent_at = contribution.step, {}
+        self._sent_at[contribution.index] = time.monotonic()
 
     def _next(self) -> _Job | None:
         try:

@@ -364,3 +364,24 @@ def test_what_was_not_took_until_it_was_sent(bench: Bench, monkeypatch: pytest.M
     assert found[0] == 0.0
     assert found[1] > 0.0
     assert bench.push_s == list(found.values())
+
+
+def test_what_a_forward_waited_that_was_left_is_not_the_next_ones(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.serve()
+    bench.deal(5, 0)
+    assert not bench.ready()
+    bench.bring(5, 0)
+    assert bench.ready()
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.duty, "take", lambda _timeout_s: bench.bring(5, 1))
+        bench.await_chunks(1)
+    the_pull_is_gone(bench)
+    with pytest.raises(Interrupted):
+        bench.await_chunks(2)
+    bench.duty.done()
+    assert not bench.ready()
+    bench.bring(5, 0, 1, 2)
+    assert bench.ready()
+    assert bench.duty.waited() == 0.0
