@@ -102,10 +102,14 @@ def _quadruples(
         require(f"gradient {index}", gradient, dtype.numpy, size)
         if weight < 1:
             raise ValueError(f"the weight of gradient {index} is {weight}: must be at least 1")
-    missing = MAX_GRADIENTS - len(gradients)
-    filled = (*gradients, *[np.empty(0, dtype.numpy)] * missing)
-    factors = (*weights, *[0] * missing)
-    return tuple(readonly(wire_view(padded(g), dtype)) for g in filled), tuple(np.float64(k) for k in factors)
+    views = [readonly(wire_view(padded(gradient), dtype)) for gradient in gradients]
+    if not views:
+        views = [readonly(wire_view(np.empty(0, dtype.numpy), dtype))]
+    return _four(views), _four([np.float64(weight) for weight in weights] or [np.float64(0)])
+
+
+def _four(values: list[Any]) -> tuple[Any, ...]:
+    return (*values, *values[:1] * (MAX_GRADIENTS - len(values)))
 
 
 @inner

@@ -38,6 +38,8 @@ class RunTable:
     groups: Array
     #: Length of the chunk in elements.
     size: int
+    #: One more than the highest group.
+    num_groups: int
 
     @classmethod
     def build(cls, runs: Sequence[Run], size: int) -> RunTable:
@@ -53,21 +55,16 @@ class RunTable:
             end = run.stop
         columns = np.array([(run.start, run.stop, run.group) for run in runs], np.int64).reshape(-1, 3)
         starts, stops, groups = (readonly(np.ascontiguousarray(column)) for column in columns.T)
-        return cls(starts, stops, groups, size)
+        return cls(starts, stops, groups, size, int(groups.max(initial=-1)) + 1)
 
     def __len__(self) -> int:
         return int(self.starts.size)
-
-    @property
-    def num_groups(self) -> int:
-        """One more than the highest group."""
-        return int(self.groups.max(initial=-1)) + 1
 
 
 class Update:
     """The update rule of a run: an optimizer and a wire dtype.
 
-    Concurrency: holds no state; different chunks may be updated in parallel, without the interpreter lock.
+    Concurrency: different chunks may be updated in parallel, without the interpreter lock.
     """
 
     def __init__(self, optimizer: OptimizerConfig, dtype: WireDtype) -> None:
@@ -76,6 +73,8 @@ class Update:
         #: The optimizer's state beside the weights, named as in torch.optim.
         self.moment_names: tuple[str, ...] = _MOMENTS[_rule(optimizer)]
         self._rule = _rule(optimizer)
+        #: Of the last decision, which has many chunks.
+        self._scalars: tuple[Decision, tuple[Array, Array, Array, Array]] | None = None
 
     def apply(
         self,
@@ -125,12 +124,18 @@ class Update:
                 runs.stops,
                 runs.groups,
                 readonly(present),
-                *_group_scalars(self._optimizer, decision),
-                _rule_scalars(self._optimizer, decision),
+                *self._scalars_of(decision),
                 wire_view(published, self._dtype),
                 first_block(base),
             )
         )
+
+    def _scalars_of(self, decision: Decision) -> tuple[Array, Array, Array, Array]:
+        known = self._scalars
+        if known is None or known[0] is not decision:
+            groups, rule = _group_scalars(self._optimizer, decision), _rule_scalars(self._optimizer, decision)
+            self._scalars = known = (decision, (*groups, rule))
+        return known[1]
 
     def publish(self, weights: Array, published: Array) -> None:
         """Round the weights to the wire dtype without an update.

@@ -59,7 +59,8 @@ def _llvm(vector: Any) -> Any:
     return ir.VectorType(_ELEMENTS[vector.dtype], vector.width)
 
 
-def _address(builder: Any, start: Any, index: Any, target: Any) -> Any:
+def _address(builder: Any, start_and_index: Any, target: Any) -> Any:
+    start, index = start_and_index
     return builder.bitcast(builder.gep(start, [index]), target.as_pointer())
 
 
@@ -91,7 +92,7 @@ def load(_context: Any, start: Any, _index: Any) -> Any:
     vector = Vector(start.dtype)
 
     def emit(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.load(_address(builder, arguments[0], arguments[1], _llvm(vector)), align=_bytes(start.dtype))
+        return builder.load(_address(builder, arguments, _llvm(vector)), align=_bytes(start.dtype))
 
     return vector(start, types.intp), emit
 
@@ -101,7 +102,7 @@ def store(_context: Any, start: Any, _index: Any, vector: Any) -> Any:
     """Write the 16 elements from an index on."""
 
     def emit(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        address = _address(builder, arguments[0], arguments[1], _llvm(vector))
+        address = _address(builder, arguments[:2], _llvm(vector))
         builder.store(arguments[2], address, align=_bytes(start.dtype))
         return context.get_dummy_value()
 
@@ -111,7 +112,7 @@ def store(_context: Any, start: Any, _index: Any, vector: Any) -> Any:
 @intrinsic  # type: ignore[untyped-decorator]
 def _stream(_context: Any, start: Any, _index: Any, vector: Any) -> Any:
     def emit(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        address = _address(builder, arguments[0], arguments[1], _llvm(vector))
+        address = _address(builder, arguments[:2], _llvm(vector))
         instruction = builder.store(arguments[2], address, align=_LINE_BYTES)
         instruction.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_INT32, 1)]))
         return context.get_dummy_value()
@@ -161,7 +162,7 @@ def prefetch(_context: Any, start: Any, _index: Any) -> Any:
 
     def emit(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         byte = ir.IntType(8)
-        there = builder.gep(_address(builder, arguments[0], arguments[1], byte), [ir.Constant(_INT32, AHEAD_BYTES)])
+        there = builder.gep(_address(builder, arguments, byte), [ir.Constant(_INT32, AHEAD_BYTES)])
         kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), _INT32, _INT32, _INT32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
         reading, keep, data = (ir.Constant(_INT32, value) for value in (0, 3, 1))
@@ -195,7 +196,12 @@ def positions(_context: Any) -> Any:
 
 
 def _install(function: Any, real: str, integer: str, *arguments: str) -> None:
-    """Make an operator work on two vectors, or a vector and a scalar of its element type."""
+    """Make an operator work on two vectors, or a vector and a scalar of its element type.
+
+    Args:
+        real, integer: the instruction for floats and for unsigned integers; empty: there is none.
+        arguments: that precede its operands; only comparisons have some.
+    """
     result_of: Callable[[Any], Any] = (lambda vector: Vector(types.boolean, vector.width)) if arguments else _same
 
     @intrinsic  # type: ignore[untyped-decorator]
@@ -227,15 +233,15 @@ def _same(vector: Any) -> Any:
 _install(operator.add, "fadd", "add")
 _install(operator.sub, "fsub", "sub")
 _install(operator.mul, "fmul", "mul")
-_install(operator.truediv, "fdiv", "udiv")
+_install(operator.truediv, "fdiv", "")
 _install(operator.and_, "", "and_")
 _install(operator.or_, "", "or_")
 _install(operator.xor, "", "xor")
 _install(operator.lshift, "", "shl")
 _install(operator.rshift, "", "lshr")
-_install(operator.lt, "fcmp_ordered", "icmp_unsigned", "<")
-_install(operator.gt, "fcmp_ordered", "icmp_unsigned", ">")
-_install(operator.ge, "fcmp_ordered", "icmp_unsigned", ">=")
+_install(operator.lt, "", "icmp_unsigned", "<")
+_install(operator.gt, "", "icmp_unsigned", ">")
+_install(operator.ge, "", "icmp_unsigned", ">=")
 
 
 @intrinsic  # type: ignore[untyped-decorator]
