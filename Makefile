@@ -66,6 +66,7 @@ format: setup  ## Format the code
 	$(BIN)/ruff format .
 
 bench: setup  ## Run the benchmarks; each prints a table and writes JSON
+	PYTHONPATH=. $(BIN)/python benchmarks/bench_transport.py
 	PYTHONPATH=. $(BIN)/python benchmarks/bench_exchange.py
 	PYTHONPATH=. $(BIN)/python benchmarks/bench_memory.py
 

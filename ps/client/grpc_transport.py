@@ -15,8 +15,6 @@ from ps.wire.security import PLAIN, Security
 from ps.wire.status import error_of
 
 METHOD = "/windlass.ps.v1.Shard/Exchange"
-#: How often the sender looks whether the stream is still there.
-_POLL_S = 0.1
 
 
 class GrpcTransport:
@@ -36,20 +34,27 @@ class GrpcConnection:
         self._address = address
         self._on_frame = on_frame
         self._on_close = on_close
-        self._closed = threading.Event()
-        self._outgoing: queue.Queue[bytes | None] = queue.Queue(SEND_WINDOW)
+        self._closed = False
+        #: Frames to send, and room for them. A `queue.Queue` would do both, in Python: its waiting threads cost more.
+        self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(SEND_WINDOW):
+            self._room.put(None)
         self._channel = open_channel(address, security, Role.SHARD)
         self._call = self._channel.stream_stream(METHOD)(self._frames())
         self._thread = threading.Thread(target=self._receive, name=f"stream {address}", daemon=True)
         self._thread.start()
 
     def send(self, frame: bytes, timeout_s: float) -> bool:
-        if self._closed.is_set():
-            return True
         try:
-            self._outgoing.put(frame, timeout=timeout_s)
-        except queue.Full:
-            return self._closed.is_set()
+            self._room.get(timeout=timeout_s)
+        except queue.Empty:
+            return False
+        if self._closed:
+            # For whoever sends next.
+            self._room.put(None)
+        else:
+            self._outgoing.put(frame)
         return True
 
     @property
@@ -57,17 +62,18 @@ class GrpcConnection:
         return not self._outgoing.full()
 
     def close(self) -> None:
-        self._closed.set()
+        self._end()
         self._call.cancel()
 
+    def _end(self) -> None:
+        """Nothing is sent any more: whoever waits to send, or for something to send, waits no longer."""
+        self._closed = True
+        self._outgoing.put(None)
+        self._room.put(None)
+
     def _frames(self) -> Iterator[bytes]:
-        while not self._closed.is_set():
-            try:
-                frame = self._outgoing.get(timeout=_POLL_S)
-            except queue.Empty:
-                continue
-            if frame is None:
-                return
+        while (frame := self._outgoing.get()) is not None and not self._closed:
+            self._room.put(None)
             yield frame
             # Not kept while waiting for the next one: 2 MiB in the middle of the heap.
             del frame
@@ -81,6 +87,6 @@ class GrpcConnection:
         except grpc.RpcError as failure:
             reason = error_of(failure, f"the stream to {self._address}").message
         finally:
-            self._closed.set()
+            self._end()
             self._channel.close()
             self._on_close(reason)

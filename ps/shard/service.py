@@ -12,7 +12,7 @@ import grpc
 from protos.ps.v1 import shard_pb2
 from ps.config import RunConfig, from_json
 from ps.errors import MismatchError, NotServing, PsError, StorageError
-from ps.shard import metrics
+from ps.shard import metrics, stream
 from ps.shard.engine import ShardEngine
 from ps.shard.exchange import Exchange
 from ps.storage.storage_proof import check_nonce
@@ -25,8 +25,6 @@ from ps.wire.status import abort
 log = logging.getLogger(__name__)
 
 SERVICE = "windlass.ps.v1.Shard"
-#: All members hear of the end of a run within this.
-END_S = 2.0
 
 
 class ShardHost:
@@ -202,29 +200,8 @@ class ShardServicer:
             abort(context, NotServing(f"shard {self._host.index} serves no run yet: try again"))
             return
         exchange = Exchange(engine, self._host.incarnation)
-        context.add_callback(exchange.close)
-        reader = threading.Thread(
-            target=_read, args=(frames, exchange, self._host.ending), name="exchange", daemon=True
-        )
-        reader.start()
         self._host.count_stream(1)
         try:
-            yield from exchange.replies()
+            yield from stream.serve(frames, context, exchange, self._host.ending)
         finally:
             self._host.count_stream(-1)
-            exchange.close()
-
-
-def _read(frames: Iterator[bytes], exchange: Exchange, ending: threading.Event) -> None:
-    try:
-        for data in frames:
-            exchange.receive(data)
-    except grpc.RpcError:
-        exchange.close()
-        # A worker may hear before this shard does that the run is over.
-        if not ending.wait(END_S):
-            log.info("a worker's stream broke, or its worker has left")
-    except Exception:
-        log.exception("a stream's reader failed; the stream is closed")
-    finally:
-        exchange.close()

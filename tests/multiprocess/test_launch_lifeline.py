@@ -101,3 +101,25 @@ def test_a_role_started_by_hand_gets_its_malloc_by_one_exec_in_the_same_process(
 def test_a_role_whose_malloc_is_chosen_is_left_alone() -> None:
     first, entered, _ = enter(GLIBC_TUNABLES="glibc.malloc.arena_max=2")
     assert entered == ["in", first[1], "glibc.malloc.arena_max=2", "1"]
+
+
+POLICY = """
+import os, sys
+from ps.types import Role
+from workers.launch.environment import enter
+before, role = sys.argv[1:]
+os.sched_setscheduler(0, int(before), os.sched_param(0))
+enter(Role(role))
+print(os.sched_getscheduler(0))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="a policy of Linux")
+def test_roles_that_move_tensors_are_batch_work_unless_the_user_has_said_what_they_are() -> None:
+    def policy(before: int, role: str) -> int:
+        command = [sys.executable, "-c", POLICY, str(before), role]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    assert policy(os.SCHED_OTHER, "shard") == policy(os.SCHED_OTHER, "worker") == os.SCHED_BATCH
+    assert policy(os.SCHED_OTHER, "coordinator") == os.SCHED_OTHER
+    assert policy(os.SCHED_IDLE, "shard") == os.SCHED_IDLE

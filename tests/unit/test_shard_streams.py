@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
-from ps.shard import service
+from ps.shard import stream
 
 
 class _Exchange:
@@ -32,10 +32,10 @@ def test_a_broken_stream_is_said_only_while_the_run_goes_on(
     ending: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(service, "END_S", 0.05)
+    monkeypatch.setattr(stream, "END_S", 0.05)
     event, exchange = threading.Event(), _Exchange()
     if ending:
         event.set()
-    service._read(broken(), exchange, event)  # type: ignore[arg-type]
+    stream.read(broken(), exchange, event)
     assert exchange.closed
     assert ("a worker's stream broke" in caplog.text) is not ending

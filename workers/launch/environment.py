@@ -1,18 +1,23 @@
-"""The environment that a role runs in: how malloc behaves, and how many threads libraries start."""
+"""What a role runs in: how memory is taken and copied, how many threads libraries start, who preempts whom."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 
 from ps.types import Role
 
-#: Received messages are big and short-lived; with glibc's defaults each one faults its pages in again.
+#: Received messages are big and short-lived; with glibc's defaults each one faults its pages in again. Copies of at
+#: least 1.5 MiB (a chunk) go past the caches: by default only what is larger than most of the last one does, and for
+#: less every cache line is fetched before it is written over.
 MALLOC_TUNABLES = (
     "glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=4294967296:glibc.malloc.mmap_threshold=33554432:"
-    "glibc.malloc.top_pad=67108864:glibc.malloc.arena_max=1"
+    "glibc.malloc.top_pad=67108864:glibc.malloc.arena_max=1:glibc.cpu.x86_non_temporal_threshold=1572864"
 )
+#: Roles that move tensors: a thread of theirs that wakes up waits for its turn.
+_BATCH = (Role.SHARD, Role.WORKER)
 #: The server's own threads do its work; a library's pool would only compete with them.
 ONE_THREAD = (
     "OMP_NUM_THREADS",
@@ -69,6 +74,8 @@ def enter(role: Role) -> None:
 
     The process keeps its pid, its arguments and its descriptors, and does this once at most.
     """
+    if role in _BATCH:
+        _schedule_as_batch()
     reexecuted = os.environ.pop(_REEXECUTED, None) is not None
     environment = role_environment(os.environ, role, on_glibc())
     if reexecuted or environment.get("GLIBC_TUNABLES") == os.environ.get("GLIBC_TUNABLES"):
@@ -78,3 +85,14 @@ def enter(role: Role) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def _schedule_as_batch() -> None:
+    """Let threads that wake up wait for their turn, where the system knows the policy and the user has set none.
+
+    A message wakes several threads of its receiver one after the other. When each of them preempts a thread that
+    works, both cores change threads twice as often as the work needs. Inherited by threads, and through exec.
+    """
+    with suppress(AttributeError, OSError):
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
