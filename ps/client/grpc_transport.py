@@ -59,7 +59,7 @@ class GrpcConnection:
 
     @property
     def has_room(self) -> bool:
-        return not self._outgoing.full()
+        return not self._room.empty()
 
     def close(self) -> None:
         self._end()
