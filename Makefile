@@ -68,6 +68,8 @@ format: setup  ## Format the code
 bench: setup  ## Run the benchmarks; each prints a table and writes JSON
 	PYTHONPATH=. $(BIN)/python benchmarks/bench_transport.py
 	PYTHONPATH=. $(BIN)/python benchmarks/bench_exchange.py
+	PYTHONPATH=. $(BIN)/python benchmarks/bench_network.py
+	PYTHONPATH=. $(BIN)/python benchmarks/bench_scaling.py
 	PYTHONPATH=. $(BIN)/python benchmarks/bench_memory.py
 
 clean:  ## Remove what the targets made, but no run
