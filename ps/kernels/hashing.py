@@ -46,8 +46,8 @@ def _make_keys() -> list[Array]:
 _KEYS_A, _KEYS_B, _KEYS_C = _make_keys()
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
-#: In place of a moment that the optimizer does not have.
-NO_MOMENT = readonly(np.empty(0, FLOAT32))
+#: In place of a moment that the optimizer does not have; writeable as those are: another type is another compilation.
+NO_MOMENT = np.empty(0, FLOAT32)
 
 
 def first_block(base: int) -> int:
