@@ -93,6 +93,8 @@ def job_arguments(folder: Path, layers: int, hidden: int = 640) -> list[str]:
         "training.steps=1000",
         f"training.stop_at={STEPS}",
         "evaluation.max_sequences=4",
+        # What is shared would count in every process that maps it.
+        "launch.transport=grpc",
     ]
 
 

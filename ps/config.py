@@ -31,6 +31,25 @@ def _auto_is_none(value: Any) -> Any:
     return None if value == "auto" else value
 
 
+_STEPS = re.compile(r"(\d{1,15}):(\d{1,15})")
+
+
+def _some_steps(value: Any) -> Any:
+    if value is None or value == "":
+        return ""
+    found = _STEPS.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        raise ValueError("write it as first:end, such as 10:15 for the steps 10 to 14")
+    first, end = map(int, found.groups())
+    if first >= end:
+        raise ValueError(
+            f"these are no steps: the end is not one of them, so write {first}:{first + 1} for step {first}"
+        )
+    return value
+
+
+#: Steps as first:end, without the end; empty: none.
+SomeSteps = Annotated[str, BeforeValidator(_some_steps)]
 #: A number that is computed at the first start when it is `auto` (or left out).
 AutoInt = Annotated[int | None, BeforeValidator(_auto_is_none)]
 
@@ -183,6 +202,18 @@ class TelemetryConfig(Section):
     """The address that the metrics port binds."""
 
 
+class TraceConfig(Section):
+    """A timeline of some steps, of all roles in one file: RUN/trace.json."""
+
+    steps: SomeSteps = ""
+    """first:end, such as 10:15 for the steps 10 to 14. Empty: no timeline."""
+
+    @property
+    def range(self) -> range:
+        """The steps that are traced."""
+        return range(*map(int, self.steps.split(":"))) if self.steps else range(0)
+
+
 class SecurityConfig(Section):
     certificates: Path | None = None
     """A folder from `windlass certs init`: every connection is TLS, and each role shows its certificate."""
@@ -211,6 +242,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     membership: MembershipConfig = MembershipConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+    trace: TraceConfig = TraceConfig()
     security: SecurityConfig = SecurityConfig()
 
     @model_validator(mode="after")
@@ -220,6 +252,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"batch.contributions_per_step={contributions} is more than "
                 f"batch.micro_batches_per_step={self.batch.micro_batches_per_step}"
+            )
+        if self.trace.steps and self.trace.range.start >= self.training.steps:
+            raise ValueError(
+                f"trace.steps={self.trace.steps}: the run has the steps 0 to {self.training.steps - 1} "
+                f"(training.steps={self.training.steps})"
             )
         if self.precision.accumulate == "fp16" and self.precision.compute not in ("auto", "fp16"):
             raise ValueError("precision.accumulate=fp16 needs precision.compute=fp16")
@@ -241,6 +278,11 @@ class RunConfig(Section):
     def run_name(self) -> str:
         """What metrics call the run: the name of its folder, which is what people know it by."""
         return self.run_dir.name or "run"
+
+    @property
+    def traced_steps(self) -> range:
+        """The steps of this start of the run that are traced."""
+        return range(self.trace.range.start, min(self.trace.range.stop, self.training.end))
 
     @property
     def checkpoint_dir(self) -> Path:
@@ -268,7 +310,10 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as a string; people mean a number. Of equal keys it forgets the first; they meant both."""
+    """YAML 1.1 reads 1e-3 as a string and 10:15 as a number to the base of 60; people mean a number and a text.
+
+    Of equal keys it forgets the first; they meant both.
+    """
 
     # Not while it is constructed: by then `<<` has laid other mappings' keys under this one's.
     def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
@@ -291,6 +336,10 @@ class _DuplicateKey(yaml.YAMLError):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
+for _digit in "-+0123456789":
+    # First: the first that matches decides.
+    _to_base_60 = ("tag:yaml.org,2002:str", re.compile(r"[-+]?\d[\d_]*(:\d+)+(\.\d*)?$"))
+    _Loader.yaml_implicit_resolvers[_digit].insert(0, _to_base_60)
 
 
 def _load_yaml(text: str) -> Any:

@@ -89,12 +89,15 @@ class WorkerConfig(Section):
     """auto: CUDA when there is one, else the CPU."""
     threads: int = Field(1, ge=1)
     """CPU threads of a worker's forward and backward. Part of the run: sums depend on it in the last bit."""
+    overlap: bool = True
+    """Push each chunk of the gradient while backward still runs, and begin the next forward with the first weights.
+    false: push at the end, and wait for all weights first; the result is the same."""
 
 
 class LaunchConfig(Section):
-    transport: Literal["auto", "grpc", "shm"] = "grpc"
-    """How tensors travel between a worker and a shard: over gRPC, through shared memory where they share a host (auto),
-    or only so (shm)."""
+    transport: Literal["auto", "grpc", "shm"] = "auto"
+    """How tensors travel between a worker and a shard: through shared memory where they share a host and over gRPC
+    elsewhere (auto), always over gRPC, or only through shared memory (shm)."""
     host: str = "127.0.0.1"
     """The address that the roles bind."""
     restart_limit: int = Field(10, ge=0)

@@ -34,6 +34,8 @@ from ps.config import RunConfig, from_json
 from ps.errors import GradientError, PeerUnavailable, PsError, VersionGone, WaitTimeout
 from ps.kernels.compile import warm_up_worker
 from ps.sharding import make_plan
+from ps.telemetry.courier import Courier
+from ps.telemetry.trace import COMPUTE, OFF, Recorder
 from ps.types import Fence, Role, slot_range
 from ps.wire.messages import MAX_TOKENS
 from ps.wire.security import load_security
@@ -62,7 +64,13 @@ class Client:
     """A worker's connection to a cluster. Make it with `connect`; owned by one thread."""
 
     def __init__(
-        self, session: Session, inbox: Inbox, client: ParameterClient, arrays: NamedArrays, config: RunConfig
+        self,
+        session: Session,
+        inbox: Inbox,
+        client: ParameterClient,
+        arrays: NamedArrays,
+        config: RunConfig,
+        trace: Recorder = OFF,
     ) -> None:
         self._session = session
         self._inbox = inbox
@@ -70,7 +78,10 @@ class Client:
         self._arrays = arrays
         self._config = config
         slots, wire = config.batch.micro_batches_per_step, config.precision.wire
-        self._duty = Duty(session, inbox, client, slots, wire, eager=config.is_eager)
+        self._duty = Duty(session, inbox, client, slots, wire, eager=config.is_eager, trace=trace)
+        self._trace = trace
+        self._courier = Courier(session, trace)
+        self._courier.start()
         #: When each contribution of the open step was handed out.
         self._handed_at: dict[int, float] = {}
         #: Why it is over: the coordinator's word, or this client's own.
@@ -134,9 +145,11 @@ class Client:
         except BaseException:
             session.close()
             raise
-        client = ParameterClient(GrpcTransport(security), inbox, int(session.member.rank), incarnation, table, arrays)
+        trace = Recorder(config.traced_steps)
+        rank = int(session.member.rank)
+        client = ParameterClient(GrpcTransport(security), inbox, rank, incarnation, table, arrays, trace=trace)
         session.start()
-        return cls(session, inbox, client, arrays, config)
+        return cls(session, inbox, client, arrays, config, trace)
 
     def __enter__(self) -> Self:
         return self
@@ -170,6 +183,7 @@ class Client:
             self._session.send(leave=pb.Leave(reason="the client was closed"))
             self._end = pb.End(ok=True, reason="the client was closed")
         self._client.close()
+        self._courier.close()
         self._session.close()
 
     # -- Work -----------------------------------------------------------------------------------
@@ -226,9 +240,18 @@ class Client:
         began = time.monotonic()
         self._duty.forget_gradient()
         self._arrays.fill(checked, work.loss_scale)
-        compute_s = began - self._handed_at.get(work.contribution, began)
+        handed_at = self._handed_at.get(work.contribution, began)
+        self._trace.add(
+            "compute",
+            "compute",
+            work.step,
+            int(handed_at * 1e9),
+            int(began * 1e9),
+            contribution=work.contribution,
+            track=COMPUTE,
+        )
         report = (float(loss_sum), int(tokens))
-        self._duty.push(self._duty.begin_push(work.contribution, lambda: report), compute_s)
+        self._duty.push(self._duty.begin_push(work.contribution, lambda: report), began - handed_at)
         return True
 
     def pull(self, version: int | None = None, timeout_s: float = 600.0) -> Mapping[str, np.ndarray]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from ps.client.shared import SharedPlaces, Sharing
 from ps.client.transport import Transport
 from ps.errors import MalformedFrame, MismatchError, SharedMemoryError, StaleFence, StalePlace, VersionGone
 from ps.sharding import Chunk, Plan, make_plan
+from ps.telemetry.trace import OFF, Recorder
 from ps.types import Fence, ParameterTable, WireDtype, slot_range
 from ps.wire import frame
 from ps.wire.messages import Ack, Attach, Initialize, Placed, Pull, Refused, Unchanged, Weights, Welcome
@@ -62,7 +64,9 @@ class ParameterClient:
         table: ParameterTable,
         source: Source,
         sharing: Sharing = Sharing.NEVER,
+        trace: Recorder = OFF,
     ) -> None:
+        self._trace = trace
         self.links = ShardLinks(transport, inbox, rank, incarnation, self._received, self._offer)
         self._sharing = sharing
         #: What is shared with each shard since its last greeting.
@@ -70,8 +74,8 @@ class ParameterClient:
         self._greetings = 0
         self.table = table
         self.source = source
-        self.pulled = PulledModel(self._drop_gradient, lambda: inbox.put(Arrived()))
-        self._pusher = Pusher(self.links, source, self._places.get, lambda error: inbox.put(Failed(error)))
+        self._pusher = Pusher(self.links, source, self._places.get, lambda error: inbox.put(Failed(error)), trace)
+        self.pulled = PulledModel(self._pusher.discard, lambda: inbox.put(Arrived()))
         #: Contributions that were computed, are not in the buffer any more, and that a shard lacks.
         self.recompute: set[int] = set()
         #: Contributions of the step begun last that every shard holds, since the last look.
@@ -128,7 +132,7 @@ class ParameterClient:
         self._pusher.wire = dtype
         self.pulled.eager = eager
         self._ledger = Ledger(self._plan)
-        self._drop_gradient()
+        self._pusher.discard()
         self.pulled.reset()
         self.recompute = set()
         self.completed = []
@@ -137,8 +141,8 @@ class ParameterClient:
         self.links.open(run, self._plan.digest, fence, addresses)
 
     def close(self) -> None:
-        self.links.close()
         self._pusher.close()
+        self.links.close()
         for places in self._places.values():
             places.close()
 
@@ -160,7 +164,7 @@ class ParameterClient:
         assert self._ledger is not None
         if self._ledger.step != step:
             self._ledger.begin(step)
-            self._drop_gradient()
+            self._pusher.discard()
             self.recompute = set()
             self.completed = []
 
@@ -180,18 +184,12 @@ class ParameterClient:
             self._pusher.put(contribution, self._slots_of(contribution), chunk)
 
     def push(self, contribution: Contribution) -> None:
-        """Push what has not been pushed of a contribution whose gradient `source` holds now, until the next one."""
-        if self._pusher.buffered is not contribution:
-            self.begin_push(contribution)
+        """Push what has not been pushed of a contribution that was begun; nothing if it is decided by now."""
         for chunk in self.plan.chunks:
             self.push_chunk(contribution, chunk)
 
     def _slots_of(self, contribution: Contribution) -> int:
         return len(slot_range(contribution.index, self._contributions, self._slots))
-
-    def _drop_gradient(self) -> None:
-        if self._pusher.drop():
-            self.source.discard()
 
     def forget_gradient(self) -> None:
         """The gradient is about to be overwritten: what is missing later must be computed again.
@@ -200,7 +198,7 @@ class ParameterClient:
             WaitTimeout: it could not be sent before.
         """
         self._pusher.settle()
-        self._pusher.drop()
+        self._pusher.forget()
 
     def initialize(self) -> None:
         """Send the initial values of every chunk, to each shard once it has answered."""
@@ -240,18 +238,22 @@ class ParameterClient:
         self, shard: int, header: Weights | Placed, payload: memoryview, is_alive: Callable[[], bool]
     ) -> None:
         """Take weights; called in the threads of the streams."""
+        came = header.chunk if isinstance(header, Weights) else -1
+        self._trace.since_last("receive", "pull", self.pulled.step, chunk=came, track=_track(shard))
         if isinstance(header, Weights):
             chunk = self._chunk(shard, header.chunk)
             weights = np.frombuffer(payload, self._dtype.numpy)
 
             def write() -> bool:
-                self.source.decode(chunk, weights)
+                with self._decoding(shard, chunk):
+                    self.source.decode(chunk, weights)
                 return True
 
             self.pulled.take(shard, chunk.index, header.applied, is_alive, write)
             return
+        # Of one greeting, as the frame is: the next one's may be of another life of the shard.
+        places = self._places.get(shard)
         for index, *where in header.chunks:
-            places = self._places.get(shard)
             chunk = self._chunk(shard, index)
             published = places.published(chunk, *where) if places is not None else None
             if published is None:
@@ -259,13 +261,17 @@ class ParameterClient:
                 return
 
             def write_shared(chunk: Chunk = chunk, published: Any = published) -> bool:
-                self.source.decode(chunk, published.weights)
+                with self._decoding(shard, chunk):
+                    self.source.decode(chunk, published.weights)
                 if not published.intact:
                     log.info("chunk %d was written anew while it was read: its version is gone", chunk.index)
                 return bool(published.intact)
 
             self.pulled.take(shard, index, header.applied, is_alive, write_shared)
             self.links.count_shared(shard, chunk.size * self._dtype.itemsize)
+
+    def _decoding(self, shard: int, chunk: Chunk) -> AbstractContextManager[None]:
+        return self._trace.span("decode", "pull", self.pulled.step, chunk=chunk.index, track=_track(shard))
 
     def _chunk(self, shard: int, index: int) -> Chunk:
         if not 0 <= index < len(self.plan.chunks) or self.plan.chunks[index].shard != shard:
@@ -327,6 +333,7 @@ class ParameterClient:
         if nonce is not None:
             log.info("sharing memory with shard %d", shard)
             self.links.send(shard, frame.encode(Attach(**self.links.identity(), nonce=nonce).pack()))
+            places.begin()
 
     def _push_again(self, contribution: int, chunks: list[int]) -> None:
         buffered = self._pusher.buffered
@@ -366,7 +373,7 @@ class ParameterClient:
             log.info("shard %d moved on: %s", event.shard, error.message)
         elif isinstance(error, VersionGone):
             # The next deal names a newer version.
-            self.pulled.forget_pull()
+            self.pulled.forget_pull(header.step)
         elif error.retry:
             # Greeting the shard again shows what is to be done.
             log.info("shard %d: %s", event.shard, error.message)
@@ -382,6 +389,11 @@ _HANDLERS: dict[type, Callable[[ParameterClient, Received], None]] = {
     Unchanged: ParameterClient._unchanged,
     Refused: ParameterClient._refused,
 }
+
+
+def _track(shard: int) -> str:
+    """The thread of a stream, in a timeline."""
+    return f"stream to shard {shard}"
 
 
 def _chunks(bitmap: bytes, plan: Plan, shard: int) -> set[int]:

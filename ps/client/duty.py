@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from protos.ps.v1 import coordinator_pb2 as pb
@@ -17,6 +18,7 @@ from ps.client.links import Inbox, Said
 from ps.client.pusher import Contribution
 from ps.sharding import Chunk
 from ps.telemetry import logs, metrics
+from ps.telemetry.trace import COMPUTE, OFF, Recorder
 from ps.types import Fence, WireDtype
 from ps.wire.proto import from_proto, to_proto
 from ps.wire.session import Session
@@ -71,6 +73,7 @@ class Duty:
         *,
         layerwise: bool = False,
         eager: bool = False,
+        trace: Recorder = OFF,
     ) -> None:
         """
         Args:
@@ -85,6 +88,7 @@ class Duty:
         self._wire = wire
         self._layerwise = layerwise
         self.eager = eager
+        self._trace = trace
         self.fence: Fence | None = None
         self.contributions = 0
         self.dealt: Dealt | None = None
@@ -106,7 +110,8 @@ class Duty:
             PsError: a shard refused what it was sent.
         """
         due_s = self._client.links.tick()
-        event = self._inbox.get(min(timeout_s, due_s))
+        with self._idle() if timeout_s > 0 else nullcontext():
+            event = self._inbox.get(min(timeout_s, due_s))
         while event is not None:
             if isinstance(event, Said):
                 self._said(event.message)
@@ -117,6 +122,17 @@ class Duty:
             event = self._inbox.get(0.0) if self.end is None else None
         self._client.links.tick()
         self._report_completed()
+
+    def _idle(self) -> AbstractContextManager[None]:
+        """The wait of somebody who has nothing to compute, in a timeline."""
+        dealt = self.dealt
+        if dealt is None:
+            return nullcontext()
+        missing = dealt.pending or dealt.evaluate
+        return self._wait("wait for weights" if missing else "wait for the decision", dealt.step)
+
+    def _wait(self, what: str, step: int) -> AbstractContextManager[None]:
+        return self._trace.span(what, "wait", step, track=COMPUTE)
 
     def _said(self, message: pb.SessionResponse) -> None:
         kind = message.WhichOneof("event")
@@ -226,10 +242,12 @@ class Duty:
         if pulled.has(dealt.step, needed):
             return
         began = time.monotonic()
-        while not pulled.has(dealt.step, needed, AWAIT_POLL_S):
-            self.take(0.0)
-            if self.end is not None or self.fences != fences or self.dealt is not dealt or not pulled.comes(dealt.step):
-                raise Interrupted(f"step {dealt.step}: its weights do not come any more")
+        with self._wait("wait for weights", dealt.step):
+            while not pulled.has(dealt.step, needed, AWAIT_POLL_S):
+                self.take(0.0)
+                gone = self.end is not None or self.fences != fences or self.dealt is not dealt
+                if gone or not pulled.comes(dealt.step):
+                    raise Interrupted(f"step {dealt.step}: its weights do not come any more")
         waited_s = time.monotonic() - began
         self._pull_s += waited_s
         self._waited_s += waited_s

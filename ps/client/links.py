@@ -209,6 +209,11 @@ class ShardLinks:
         """A payload was received through shared memory."""
         self._links[shard].bytes.received.inc(num_bytes)
 
+    @property
+    def fence_moves(self) -> bool:
+        """What is being sent now belongs to the past: the owner will hear so soon."""
+        return self._inbox.fence_moves
+
     def has_room(self, shard: int) -> bool:
         """Whether `send` would not wait."""
         connection = self._links[shard].connection

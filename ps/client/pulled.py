@@ -77,11 +77,11 @@ class Pulling:
 class PulledModel:
     """Versions of the model. Thread-safe: `take` and `unchanged` are the streams', the rest is the owner's."""
 
-    def __init__(self, on_decided: Callable[[], None], on_progress: Callable[[], None]) -> None:
+    def __init__(self, on_decided: Callable[[int], None], on_progress: Callable[[], None]) -> None:
         """
         Args:
-            on_decided: called in a stream's thread before the first new weights are written, where they prove that
-                the step before them is decided.
+            on_decided: called in a stream's thread, with their version, before the first new weights are written,
+                where they prove that the steps before it are decided.
             on_progress: called in a stream's thread when the first weights of a version are there, and the last.
         """
         #: Weights may come before the step is decided: they prove nothing, and only the next deal does.
@@ -102,6 +102,12 @@ class PulledModel:
         with self._changed:
             return self._model
 
+    @property
+    def step(self) -> int:
+        """The step that makes the version which was asked for; without one some step that never is."""
+        pulling = self._pulling
+        return pulling.version - 1 if pulling is not None else -2
+
     def reset(self) -> None:
         """The model holds nothing, and nothing is asked for."""
         with self._changed:
@@ -121,11 +127,12 @@ class PulledModel:
             self._changed.notify_all()
             return True
 
-    def forget_pull(self) -> None:
-        """What was asked for does not come."""
+    def forget_pull(self, version: int) -> None:
+        """A version that was asked for does not come."""
         with self._changed:
-            self._pulling = None
-            self._changed.notify_all()
+            if self._pulling is not None and self._pulling.version == version:
+                self._pulling = None
+                self._changed.notify_all()
 
     def pulling_of(self, shard: int) -> tuple[int, int] | None:
         """What a shard has still to answer: (version, committed steps in the weights held); None: nothing."""
@@ -207,45 +214,59 @@ class PulledModel:
             write: carries it out; False: the weights were not what they were announced as.
         """
         with self._changed:
-            pulling = self._pulling
-            while pulling is not None and self._in_use not in (None, pulling.version):
-                self._changed.wait(_POLL_S)
-                if not is_alive():
-                    return
-                pulling = self._pulling
-            if pulling is None or not pulling.wants(shard, chunk, applied):
+            pulling = self._wanting(shard, chunk, applied, is_alive)
+            if pulling is None:
                 return
-            first = not pulling.started
+            first, last, intact = not pulling.started, False, False
             pulling.started = True
             self._model = Model()
             self._writing += 1
-        intact = False
         try:
             if first and not self.eager:
-                self._on_decided()
+                self._on_decided(pulling.version)
             intact = write()
+            if intact:
+                last = self._came(pulling, shard, chunk)
         finally:
             with self._changed:
                 self._writing -= 1
                 if not intact:
                     self._pulling = None
-                elif self._pulling is pulling:
-                    pulling.came(shard, chunk)
+                elif last and self._pulling is pulling:
                     self._note(pulling)
                 self._changed.notify_all()
-        if first or not intact or pulling.complete:
+        if first or last or not intact:
             self._on_progress()
+
+    def _wanting(self, shard: int, chunk: int, applied: int, is_alive: Callable[[], bool]) -> Pulling | None:
+        """The pull that a chunk is of, once it may be written; None: of none. Called with the lock held."""
+        while is_alive():
+            pulling = self._pulling
+            if pulling is None or not pulling.wants(shard, chunk, applied):
+                return None
+            if self._in_use in (None, pulling.version):
+                return pulling
+            self._changed.wait(_POLL_S)
+        return None
+
+    def _came(self, pulling: Pulling, shard: int, chunk: int) -> bool:
+        """Note that a chunk is written; True: it was the last."""
+        with self._changed:
+            pulling.came(shard, chunk)
+            self._changed.notify_all()
+            return pulling.complete
 
     def unchanged(self, shard: int, version: int, applied: int) -> None:
         """A shard says that a version is what the model holds already."""
         with self._changed:
             pulling = self._pulling
             if pulling is not None and pulling.version == version and pulling.same(shard, applied):
-                self._note(pulling)
+                if pulling.complete:
+                    self._note(pulling)
                 self._changed.notify_all()
         self._on_progress()
 
     def _note(self, pulling: Pulling) -> None:
-        if pulling.complete:
-            self._model = Model(pulling.version, pulling.applied if pulling.started else pulling.held)
-            self._pulling = None
+        """The model is what was asked for."""
+        self._model = Model(pulling.version, pulling.applied if pulling.started else pulling.held)
+        self._pulling = None

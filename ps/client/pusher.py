@@ -10,22 +10,26 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import xxhash
 
-from ps.client.links import ShardLinks
+from ps.client.links import STALL_S, ShardLinks
 from ps.client.shared import SharedPlaces
 from ps.errors import WaitTimeout
 from ps.sharding import Chunk
+from ps.telemetry.trace import COMPUTE, OFF, Recorder
 from ps.types import WireDtype
 from ps.wire import frame
 from ps.wire.messages import Push, PushPlaced
 
-#: What waiting for room takes at most is the links' (they give up a shard that hangs); this is a multiple of it.
-SETTLE_S = 120.0
+#: One chunk takes at most so long: a shard that hangs is given up by the links before.
+SETTLE_S = 3 * STALL_S
+#: Places are told of before they take more of a header than this; each takes so much beside its presence map.
+_TELL_BYTES, _PLACE_BYTES = frame.MAX_HEADER_BYTES // 2, 32
 
 
 class Encoder(Protocol):
@@ -33,6 +37,9 @@ class Encoder(Protocol):
 
     def encode(self, chunk: Chunk, slots: int, room: np.ndarray) -> bytes:
         """Write a chunk of the computed gradient, divided by `slots`, into `room`; returns the presence map."""
+
+    def discard(self) -> None:
+        """Nobody will ask for the gradient again."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +64,20 @@ class _Job:
 
 
 @dataclass
-class _Told:
-    """Places in one shard's memory that it has not been told of."""
+class _Untold:
+    """Places in the memory shared with one shard that it has not been told of."""
 
-    header: PushPlaced
+    contribution: Contribution
     places: SharedPlaces
+    header: PushPlaced
+    #: Of the payloads, and of the header.
     num_bytes: int = 0
+    header_bytes: int = 0
     chunks: list[list[Any]] = field(default_factory=list)
 
 
 class Pusher:
-    """One thread that encodes and sends. `put`, `settle` and `close` are the owner's."""
+    """One thread that encodes and sends. `discard` is any thread's, the rest is the owner's."""
 
     def __init__(
         self,
@@ -75,25 +85,27 @@ class Pusher:
         encoder: Encoder,
         places_of: Callable[[int], SharedPlaces | None],
         on_failure: Callable[[BaseException], None],
+        trace: Recorder = OFF,
     ) -> None:
         """
         Args:
             places_of: what is shared with a shard now.
-            on_failure: a chunk could not be encoded; called in the pusher's thread.
+            on_failure: a chunk could not be encoded or sent; called in the pusher's thread.
         """
         self.wire = WireDtype.FP16
         self._links = links
         self._encoder = encoder
         self._places_of = places_of
         self._on_failure = on_failure
+        self._trace = trace
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._unfinished = 0
-        #: Held while the gradient is read: nobody may overwrite it or give its memory back meanwhile.
+        #: Held while the gradient is read, and while its memory is given back.
         self._reading = threading.Lock()
         #: The contribution whose gradient is there.
         self._buffered: Contribution | None = None
-        self._told: dict[int, _Told] = {}
+        self._untold: dict[int, _Untold] = {}
         self._thread: threading.Thread | None = None
 
     def put(self, contribution: Contribution, slots: int, chunk: Chunk) -> None:
@@ -116,48 +128,71 @@ class Pusher:
         with self._reading:
             return self._buffered
 
-    def drop(self) -> bool:
-        """The gradient is not needed any more; False when there was none."""
+    def forget(self) -> None:
+        """The gradient is about to be overwritten; `settle` comes first."""
         with self._reading:
-            was, self._buffered = self._buffered, None
-            return was is not None
+            self._buffered = None
+
+    def discard(self, version: int | None = None) -> None:
+        """The gradient is not needed any more: what of it was not sent is not sent, its memory is given back.
+
+        Args:
+            version: only a gradient of a step before this version is not needed; None: none is.
+        """
+        with self._reading:
+            buffered = self._buffered
+            if buffered is not None and (version is None or buffered.step < version):
+                self._buffered = None
+                self._encoder.discard()
 
     def settle(self) -> None:
-        """Wait until everything that was put is sent, or dropped with its stream.
+        """Wait until everything that was put is read, or dropped with its stream.
 
         Raises:
             WaitTimeout: it takes implausibly long.
         """
+        held = self._buffered
         with self._changed:
-            if not self._changed.wait_for(lambda: not self._unfinished, SETTLE_S):
-                raise WaitTimeout(f"{self._unfinished} chunks of a gradient were not taken by their shards in time")
+            if not self._unfinished:
+                return
+            with self._trace.span("wait until pushed", "wait", held.step if held is not None else -1, track=COMPUTE):
+                while self._unfinished:
+                    if not self._changed.wait(SETTLE_S):
+                        raise WaitTimeout(
+                            f"{self._unfinished} chunks of a gradient were not taken by their shards in time"
+                        )
 
     def close(self) -> None:
+        """End the thread; what was not sent is not sent. Idempotent."""
+        self.forget()
         self._jobs.put(None)
 
     # -- The thread's ---------------------------------------------------------------------------
 
     def _run(self) -> None:
         while (job := self._next()) is not None:
-            try:
-                self._push(job)
-            except BaseException as failure:  # noqa: BLE001 - the owner's thread raises it
-                self._on_failure(failure)
-            finally:
-                with self._changed:
-                    self._unfinished -= 1
-                    if not self._unfinished:
-                        self._changed.notify_all()
+            self._guarded(self._push, job)
+            with self._changed:
+                self._unfinished -= 1
+                self._changed.notify_all()
 
     def _next(self) -> _Job | None:
         try:
             return self._jobs.get_nowait()
         except queue.Empty:
-            for shard in list(self._told):
-                self._tell(shard)
+            for shard in list(self._untold):
+                self._guarded(self._tell, shard)
             return self._jobs.get()
 
+    def _guarded(self, work: Callable[..., None], *arguments: object) -> None:
+        try:
+            work(*arguments)
+        except BaseException as failure:  # noqa: BLE001 - the owner's thread raises it
+            self._on_failure(failure)
+
     def _push(self, job: _Job) -> None:
+        if self._links.fence_moves:
+            return
         contribution, chunk = job.contribution, job.chunk
         places = self._places_of(chunk.shard)
         room = places.room(contribution.step, contribution.index, chunk) if places is not None else None
@@ -171,35 +206,42 @@ class Pusher:
         if present is None:
             return
         draft.rewrite(self._header(job, xxhash.xxh3_64_digest(draft.payload.data), present).pack())
-        self._links.send(chunk.shard, draft.data)
+        with self._span("send", contribution.step, contribution.index, chunk.index):
+            self._links.send(chunk.shard, draft.data)
 
     def _encode(self, job: _Job, room: np.ndarray) -> bytes | None:
         """The presence map; None: the gradient is not there any more."""
         with self._reading:
             if self._buffered is not job.contribution:
                 return None
-            return self._encoder.encode(job.chunk, job.slots, room)
+            with self._span("encode", job.contribution.step, job.contribution.index, job.chunk.index):
+                return self._encoder.encode(job.chunk, job.slots, room)
 
     def _write(self, job: _Job, places: SharedPlaces, place: int, room: np.ndarray) -> None:
         present = self._encode(job, room)
         if present is None:
             return
         shard = job.chunk.shard
-        told = self._told.get(shard)
-        if told is not None and (told.places is not places or told.header.contribution != job.contribution.index):
+        untold = self._untold.get(shard)
+        if untold is not None and (untold.places is not places or untold.contribution is not job.contribution):
             self._tell(shard)
-            told = None
-        if told is None:
-            told = self._told[shard] = _Told(self._placed(job, places), places)
-        told.chunks.append([job.chunk.index, place, xxhash.xxh3_64_digest(room.data), present])
-        told.num_bytes += room.nbytes
-        if self._links.has_room(shard):
+            untold = None
+        if untold is None:
+            untold = self._untold[shard] = _Untold(job.contribution, places, self._placed(job, places))
+        untold.chunks.append([job.chunk.index, place, xxhash.xxh3_64_digest(room.data), present])
+        untold.num_bytes += room.nbytes
+        untold.header_bytes += _PLACE_BYTES + len(present)
+        if untold.header_bytes > _TELL_BYTES or self._links.has_room(shard):
             self._tell(shard)
 
     def _tell(self, shard: int) -> None:
-        told = self._told.pop(shard)
-        encoded = frame.encode({**told.header.pack(), "chunks": told.chunks})
-        self._links.send(shard, encoded, told.num_bytes)
+        untold = self._untold.pop(shard)
+        encoded = frame.encode({**untold.header.pack(), "chunks": untold.chunks})
+        with self._span("send", untold.header.step, untold.header.contribution):
+            self._links.send(shard, encoded, untold.num_bytes)
+
+    def _span(self, name: str, step: int, contribution: int, chunk: int = -1) -> AbstractContextManager[None]:
+        return self._trace.span(name, "push", step, chunk=chunk, contribution=contribution, track="pusher")
 
     def _placed(self, job: _Job, places: SharedPlaces) -> PushPlaced:
         loss_sum, tokens = job.contribution.report()

@@ -68,6 +68,8 @@ class SharedPlaces:
         self._step = -1
         self._lane_of: dict[int, int] = {}
         self._written: set[tuple[int, int]] = set()
+        #: What the shard has offered, and the same once it has been sent the proof.
+        self._offered: Segment | None = None
         self._published: Segment | None = None
         self._gradients: Segment | None = None
         #: A descriptor that is closed while memory is claimed through it may be another file's by then.
@@ -93,7 +95,7 @@ class SharedPlaces:
         }
 
     def welcomed(self, header: Welcome) -> bytes | None:
-        """Take up the shard's answer.
+        """Take up the shard's answer; `begin` once the proof is on its way.
 
         Returns:
             The nonce to prove it with; None: the answer is to an earlier greeting.
@@ -113,16 +115,21 @@ class SharedPlaces:
         except SharedMemoryError:
             self.close()
             raise
-        self._published = published
+        self._offered = published
         return published.nonce
+
+    def begin(self) -> None:
+        """The proof has been sent: a place that is told of from now on comes after it."""
+        with self._lock:
+            self._published = self._offered
 
     def close(self) -> None:
         """Go on with frames."""
         with self._lock:
-            for segment in (self._gradients, self._published):
+            for segment in (self._gradients, self._offered):
                 if segment is not None:
                     segment.close()
-            self._gradients = self._published = None
+            self._gradients = self._offered = self._published = None
 
     def room(self, step: int, contribution: int, chunk: Chunk) -> tuple[int, np.ndarray] | None:
         """A place for a chunk of a contribution: its first byte and its elements; None: it has to go as a frame."""

@@ -29,6 +29,7 @@ from ps.coordinator.recovery import Candidate
 from ps.coordinator.run import Phase
 from ps.coordinator.service import SERVICE, CoordinatorServicer, Sessions
 from ps.coordinator.status import member_message
+from ps.coordinator.timeline import Timeline
 from ps.errors import PsError, StorageError
 from ps.storage import layout
 from ps.storage.journal import Journal
@@ -99,6 +100,7 @@ class CoordinatorApp:
             f"{reachable(listen, advertise)}:{port}",
             f"{reachable(metrics_listen, advertise)}:{serve_metrics(metrics_listen)}" if metrics_listen else "",
         )
+        self._timeline = Timeline(config.run_dir, history.run, config.traced_steps, self._self)
         self._effects = Effects(
             self._machine,
             self._loop,
@@ -113,7 +115,13 @@ class CoordinatorApp:
         self._health = Health(self._server, SERVICE)
         enable_reflection(self._server, [pb.DESCRIPTOR.services_by_name["Coordinator"].full_name])
         servicer = CoordinatorServicer(
-            self._loop, self._machine, self._sessions, history.run, job_json, member_message(self._self)
+            self._loop,
+            self._machine,
+            self._sessions,
+            history.run,
+            job_json,
+            member_message(self._self),
+            self._timeline,
         )
         pb_grpc.add_CoordinatorServicer_to_server(servicer, self._server)
 
@@ -165,6 +173,7 @@ class CoordinatorApp:
         ok, reason = self._outcome
         self._sessions.end_all(ok, reason)
         self._wait_for_sessions()
+        self._timeline.write()
         if ok and self._linger_s:
             log.info("%s; staying for %g s, for who comes late", reason, self._linger_s)
             self._asked_to_stop.wait(self._linger_s)
@@ -179,7 +188,8 @@ class CoordinatorApp:
 
     def _after_each(self, now: float) -> None:
         self._machine.advance(now)
-        self._effects.carry_out(self._machine.drain())
+        self._effects.carry_out(actions := self._machine.drain())
+        self._timeline.note(actions, now)
         self._monitor.look(self._machine)
         self._say_waiting(now)
 

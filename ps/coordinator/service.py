@@ -21,8 +21,11 @@ from ps.coordinator.machine import Machine
 from ps.coordinator.members import MemberState
 from ps.coordinator.monitoring import count_contribution
 from ps.coordinator.status import status
+from ps.coordinator.timeline import Timeline, part_of
 from ps.coordinator.timings import Spent
 from ps.errors import MismatchError, PeerUnavailable, PsError
+from ps.telemetry.chrome_trace import Part
+from ps.telemetry.trace import clock_name
 from ps.types import Applied, Fence, ParameterTable, Prepared, Role
 from ps.wire.access import check_claim
 from ps.wire.proto import from_proto
@@ -88,7 +91,14 @@ class CoordinatorServicer(pb_grpc.CoordinatorServicer):
     """Thin handlers: every fact goes to the loop's thread."""
 
     def __init__(
-        self, loop: Loop, machine: Machine, sessions: Sessions, run: str, job_json: str, myself: common_pb2.Member
+        self,
+        loop: Loop,
+        machine: Machine,
+        sessions: Sessions,
+        run: str,
+        job_json: str,
+        myself: common_pb2.Member,
+        timeline: Timeline,
     ) -> None:
         self._loop = loop
         self._machine = machine
@@ -96,6 +106,7 @@ class CoordinatorServicer(pb_grpc.CoordinatorServicer):
         self._run = run
         self._job_json = job_json
         self._myself = myself
+        self._timeline = timeline
 
     def Register(self, request: pb.RegisterRequest, context: grpc.ServicerContext) -> pb.RegisterResponse:
         try:
@@ -113,6 +124,27 @@ class CoordinatorServicer(pb_grpc.CoordinatorServicer):
 
     def Status(self, _request: pb.StatusRequest, _context: grpc.ServicerContext) -> pb.StatusResponse:
         return self._loop.call(lambda now: status(self._machine, self._myself, now, time.time()))
+
+    def Clock(self, _request: pb.ClockRequest, _context: grpc.ServicerContext) -> pb.ClockResponse:
+        return pb.ClockResponse(name=clock_name(), now_ns=time.monotonic_ns())
+
+    def Trace(self, request: pb.TraceRequest, context: grpc.ServicerContext) -> pb.TraceResponse:
+        try:
+            if request.run != self._run:
+                raise MismatchError(f"this coordinator runs {self._run}, not {request.run}")
+            check_claim(context, request.member.role)
+            who, part = _member(request.member), part_of(request)
+            if self._loop.call(lambda _: self._take_part(who, part)):
+                self._timeline.write()
+        except PsError as error:
+            abort(context, error)
+            raise
+        return pb.TraceResponse()
+
+    def _take_part(self, who: MemberState, part: Part) -> bool:
+        if self._machine.members.find(who.role, who.rank, who.incarnation) is None:
+            raise PeerUnavailable(f"{who.name} is not registered in this life")
+        return self._timeline.take(who, part, self._machine.members)
 
     def Session(
         self, requests: Iterator[pb.SessionRequest], context: grpc.ServicerContext

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ps.kernels.vectors import WIDTH
 from ps.types import WireDtype
 
 Array = npt.NDArray[Any]
@@ -38,6 +39,12 @@ def readonly(array: Array) -> Array:
     view = array.view()
     view.flags.writeable = False
     return view
+
+
+def padded(array: Array) -> Array:
+    """Return the array if it is whole vectors, as every chunk is; else a copy that ends with zeros."""
+    missing = -array.size % WIDTH
+    return np.concatenate([array, np.zeros(missing, array.dtype)]) if missing else array
 
 
 def wire_view(array: Array, dtype: WireDtype) -> Array:

@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from ps.kernels.arrays import FLOAT32, Array, readonly, require
+from ps.kernels.arrays import FLOAT32, Array, padded, readonly, require
 from ps.kernels.jit import inner, kernel
+from ps.kernels.vectors import WIDTH, load, reinterpret, repeat, start_of, total
 
 #: Elements under one outer key; chunks start at multiples of it.
 BLOCK = 1024
@@ -38,15 +39,15 @@ def _make_keys() -> list[Array]:
         mixed = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
         mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
         keys[word, pair] = mixed ^ (mixed >> 31)
-    return [readonly(row) for row in keys]
+    return [readonly(row.view(np.uint32)) for row in keys]
 
 
+#: uint32 [BLOCK] each: the two halves of every pair's key.
 _KEYS_A, _KEYS_B, _KEYS_C = _make_keys()
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
-_PAIRS = BLOCK // 2
-#: In place of a moment that the optimizer does not have; every block reads these zeros.
-NO_MOMENT = np.zeros(BLOCK, FLOAT32)
+#: In place of a moment that the optimizer does not have.
+NO_MOMENT = np.empty(0, FLOAT32)
 
 
 def first_block(base: int) -> int:
@@ -72,12 +73,13 @@ def hash_state(words: Sequence[Array], base: int) -> int:
     """
     for index, array in enumerate(words):
         require(f"word {index}", array, FLOAT32, words[0].size)
-    a, b, c = (readonly(array) for array in (*words, NO_MOMENT, NO_MOMENT)[:MAX_WORDS])
-    return int(_hash_chunk(a, b, c, first_block(base)))
+    a, b, c = (readonly(padded(array)) for array in (*words, NO_MOMENT, NO_MOMENT)[:MAX_WORDS])
+    return int(_hash_chunk(a, b, c, len(words) - 1, first_block(base)))
 
 
 @inner
-def _block_key(block: Any) -> Any:
+def block_key(block: Any) -> Any:
+    """Return the outer key of a block of the flat space."""
     state = (np.uint64(block) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -85,58 +87,56 @@ def _block_key(block: Any) -> Any:
 
 
 @inner
-def _nh(weights: Any, first: Any, second: Any) -> Any:
-    total = np.uint64(0)
-    for i in range(_PAIRS):
-        a, b, c = weights[i] ^ _KEYS_A[i], first[i] ^ _KEYS_B[i], second[i] ^ _KEYS_C[i]
-        low, high = (a & _LOW) * (b & _LOW), (a >> _HALF) * (b >> _HALF)
-        total += low + high + a + b + (c & _LOW) * (c >> _HALF) + c
-    return total
+def _keyed(values: Any, keys: Any, offset: Any) -> Any:
+    return reinterpret(values, np.uint64) ^ reinterpret(load(start_of(keys), offset), np.uint64)
 
 
 @inner
-def whole_words(array: Any) -> Any:
-    """Return the whole blocks of a float32 array as 64-bit words."""
-    return array[: array.size // BLOCK * BLOCK].view(np.uint64)
-
-
-@inner
-def hash_block(weights: Any, first: Any, second: Any, block: Any, start: Any) -> Any:
-    """Return the part of the hash of a whole block.
+def pairs(weights: Any, first: Any, second: Any, offset: Any) -> Any:
+    """Return NH of the 8 pairs of a vector of each word.
 
     Args:
-        weights, first, second: `whole_words` of the chunk; a missing moment is those of `NO_MOMENT`.
-        block: in the chunk.
-        start: the chunk's first block in the flat space.
+        offset: of the vectors in their block; a missing moment is zeros.
     """
-    a = block * _PAIRS
-    b = a if first.size == weights.size else 0
-    c = a if second.size == weights.size else 0
-    inner = _nh(weights[a : a + _PAIRS], first[b : b + _PAIRS], second[c : c + _PAIRS])
-    return inner * _block_key(start + block)
+    a, b, c = _keyed(weights, _KEYS_A, offset), _keyed(first, _KEYS_B, offset), _keyed(second, _KEYS_C, offset)
+    low, high = (a & _LOW) * (b & _LOW), (a >> _HALF) * (b >> _HALF)
+    return low + high + a + b + (c & _LOW) * (c >> _HALF) + c
 
 
 @inner
-def hash_tail(weights: Any, first: Any, second: Any, start: Any) -> Any:
-    """Return the part of the hash of the last, incomplete block, as if zeros followed."""
-    rest = weights.size % BLOCK
-    if rest == 0:
-        return np.uint64(0)
-    low = weights.size - rest
-    padded = np.zeros((MAX_WORDS, BLOCK), np.float32)
-    padded[0, :rest] = weights[low:]
-    if first.size == weights.size:
-        padded[1, :rest] = first[low:]
-    if second.size == weights.size:
-        padded[2, :rest] = second[low:]
-    words = padded.view(np.uint64)
-    return _nh(words[0], words[1], words[2]) * _block_key(start + low // BLOCK)
+def no_pairs() -> Any:
+    """Return the sum of NH over nothing."""
+    return reinterpret(repeat(np.float32(0)), np.uint64)
+
+
+@inner
+def hash_block(weights: Any, first: Any, second: Any, size: Any, count: Any, low: Any, start: Any) -> Any:
+    """Return the part of the hash of a block; in the last one of a chunk it is as if zeros followed.
+
+    Args:
+        weights, first, second: where the chunk's arrays start.
+        size: of the chunk, whole vectors.
+        count: moments that there are.
+        low: where the block starts in the chunk, in elements.
+        start: the chunk's first block in the flat space.
+    """
+    zero, whole = repeat(np.float32(0)), no_pairs()
+    for offset in range(0, BLOCK, WIDTH):
+        a, b, c, i = zero, zero, zero, low + offset
+        if i < size:
+            a = load(weights, i)
+            if count > 0:
+                b = load(first, i)
+            if count > 1:
+                c = load(second, i)
+        whole = whole + pairs(a, b, c, offset)
+    return total(whole) * block_key(start + low // BLOCK)
 
 
 @kernel
-def _hash_chunk(weights: Any, first: Any, second: Any, start: Any) -> Any:
-    a, b, c = whole_words(weights), whole_words(first), whole_words(second)
-    total = hash_tail(weights, first, second, start)
-    for block in range(weights.size // BLOCK):
-        total += hash_block(a, b, c, block, start)
-    return total
+def _hash_chunk(weights: Any, first: Any, second: Any, count: Any, start: Any) -> Any:
+    size, a, b, c = weights.size, start_of(weights), start_of(first), start_of(second)
+    value = np.uint64(0)
+    for low in range(0, size, BLOCK):
+        value += hash_block(a, b, c, size, count, low, start)
+    return value

@@ -80,10 +80,13 @@ def kernel(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def inner(function: Callable[P, R]) -> Callable[P, R]:
-    """Compile what only kernels call: it becomes a part of theirs, and is not kept by itself."""
-    return _compiled(function, cache=False)
+    """Compile what only kernels call: it becomes a part of theirs, and is not kept by itself.
+
+    Always inlined: a call would pass its vectors through memory.
+    """
+    return _compiled(function, forceinline=True)
 
 
-def _compiled(function: Callable[P, R], *, cache: bool) -> Callable[P, R]:
-    compiled = numba.njit(nogil=True, error_model="numpy", fastmath=False, cache=cache)(function)
+def _compiled(function: Callable[P, R], **options: bool) -> Callable[P, R]:
+    compiled = numba.njit(nogil=True, error_model="numpy", fastmath=False, **options)(function)
     return cast(Callable[P, R], compiled)

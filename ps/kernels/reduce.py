@@ -12,17 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from ps.kernels.arrays import FLOAT32, FLOAT64, Array, readonly, require, wire_view
+from ps.kernels.arrays import FLOAT32, FLOAT64, Array, padded, readonly, require, wire_view
 from ps.kernels.formats import widen
 from ps.kernels.jit import inner, kernel
+from ps.kernels.vectors import WIDTH, astype, load, prefetch, repeat, settle, start_of, store, stream, streams
 from ps.types import SEGMENT, WireDtype
 
 #: Gradients in one pass; a shard holds as many contributions of a chunk as received.
 MAX_GRADIENTS = 4
 #: Float64 accumulators of the sum of squares, by position in the segment.
 LANES = 256
-#: What the passes work on at a time: stays in the first-level cache, is a multiple of LANES, divides SEGMENT.
-_BLOCK = 1024
 
 
 def fold(accumulator: Array, gradients: Sequence[Array], weights: Sequence[int], dtype: WireDtype) -> None:
@@ -40,7 +39,10 @@ def fold(accumulator: Array, gradients: Sequence[Array], weights: Sequence[int],
     require("accumulator", accumulator, FLOAT64, accumulator.size, writeable=True)
     if not gradients:
         raise ValueError("fold: there are no gradients")
-    _fold(accumulator, len(gradients), *_quadruples(gradients, weights, dtype, accumulator.size))
+    out = padded(accumulator)
+    _fold(out, len(gradients), *_quadruples(gradients, weights, dtype, accumulator.size))
+    if out is not accumulator:
+        accumulator[:] = out[: accumulator.size]
 
 
 def reduce(
@@ -78,9 +80,13 @@ def reduce(
         require("accumulator", accumulator, FLOAT64, size)
     elif not gradients:
         raise ValueError("reduce: there are neither gradients nor an accumulator")
-    start = _NOTHING if accumulator is None else readonly(accumulator)
+    start = _NOTHING if accumulator is None else readonly(padded(accumulator))
     views, factors = _quadruples(gradients, weights, dtype, size)
-    _reduce(start, accumulator is not None, len(gradients), views, factors, np.float64(total), mean, square_sums)
+    # Zeros add nothing to a sum of squares.
+    out = padded(mean)
+    _reduce(start, len(gradients), views, factors, np.float64(total), out, square_sums)
+    if out is not mean:
+        mean[:] = out[:size]
 
 
 _NOTHING = readonly(np.empty(0, FLOAT64))
@@ -99,156 +105,66 @@ def _quadruples(
     missing = MAX_GRADIENTS - len(gradients)
     filled = (*gradients, *[np.empty(0, dtype.numpy)] * missing)
     factors = (*weights, *[0] * missing)
-    return tuple(readonly(wire_view(g, dtype)) for g in filled), tuple(np.float64(k) for k in factors)
+    return tuple(readonly(wire_view(padded(g), dtype)) for g in filled), tuple(np.float64(k) for k in factors)
 
 
 @inner
-def _add_one(total: Any, g0: Any, k0: Any) -> None:
-    for i in range(total.size):
-        total[i] += k0 * np.float64(widen(g0[i]))
+def _wide(gradient: Any, i: Any) -> Any:
+    prefetch(gradient, i)
+    return astype(widen(load(gradient, i)), np.float64)
 
 
 @inner
-def _add_two(total: Any, g0: Any, k0: Any, g1: Any, k1: Any) -> None:
-    for i in range(total.size):
-        total[i] = (total[i] + k0 * np.float64(widen(g0[i]))) + k1 * np.float64(widen(g1[i]))
+def _sum(accumulator: Any, has_start: Any, count: Any, g0: Any, g1: Any, g2: Any, g3: Any, k: Any, i: Any) -> Any:
+    """Return a vector of accumulator + K0*g0 + K1*g1 + ..., added in this order.
 
-
-@inner
-def _add_all(total: Any, low: Any, count: Any, g: Any, k: Any) -> None:
-    """Two at a time: half the traffic of the accumulator, the same order of additions."""
-    high = low + total.size
-    if count >= 2:
-        _add_two(total, g[0][low:high], k[0], g[1][low:high], k[1])
-    if count == 4:
-        _add_two(total, g[2][low:high], k[2], g[3][low:high], k[3])
-    elif count == 3:
-        _add_one(total, g[2][low:high], k[2])
-    elif count == 1:
-        _add_one(total, g[0][low:high], k[0])
+    The branches are the same for every vector of a pass: they cost next to nothing beside its memory traffic.
+    """
+    total = repeat(0.0)
+    if has_start:
+        prefetch(accumulator, i)
+        total = load(accumulator, i)
+    if count > 0:
+        total = total + k[0] * _wide(g0, i)
+    if count > 1:
+        total = total + k[1] * _wide(g1, i)
+    if count > 2:
+        total = total + k[2] * _wide(g2, i)
+    if count > 3:
+        total = total + k[3] * _wide(g3, i)
+    return total
 
 
 @kernel
 def _fold(accumulator: Any, count: Any, g: Any, k: Any) -> None:
-    for low in range(0, accumulator.size, _BLOCK):
-        high = min(low + _BLOCK, accumulator.size)
-        _add_all(accumulator[low:high], low, count, g, k)
-
-
-@inner
-def _quotient(total: Any, divisor: Any, reciprocal: Any) -> Any:
-    """A division by a power of two is exactly a multiplication, and several times faster."""
-    return np.float32(total * reciprocal if reciprocal != 0.0 else total / divisor)
-
-
-@inner
-def _mean(total: Any, divisor: Any, reciprocal: Any, out: Any) -> None:
-    for i in range(total.size):
-        out[i] = _quotient(total[i], divisor, reciprocal)
-
-
-@inner
-def _mean_of_one(g0: Any, k0: Any, divisor: Any, reciprocal: Any, out: Any) -> None:
-    for i in range(out.size):
-        out[i] = _quotient(0.0 + k0 * np.float64(widen(g0[i])), divisor, reciprocal)
-
-
-@inner
-def _mean_of_two(g0: Any, g1: Any, k: Any, divisor: Any, reciprocal: Any, out: Any) -> None:
-    for i in range(out.size):
-        total = 0.0 + k[0] * np.float64(widen(g0[i]))
-        total = total + k[1] * np.float64(widen(g1[i]))
-        out[i] = _quotient(total, divisor, reciprocal)
-
-
-@inner
-def _mean_of_three(g0: Any, g1: Any, g2: Any, k: Any, divisor: Any, reciprocal: Any, out: Any) -> None:
-    for i in range(out.size):
-        total = 0.0 + k[0] * np.float64(widen(g0[i]))
-        total = total + k[1] * np.float64(widen(g1[i]))
-        total = total + k[2] * np.float64(widen(g2[i]))
-        out[i] = _quotient(total, divisor, reciprocal)
-
-
-@inner
-def _mean_of_four(g0: Any, g1: Any, g2: Any, g3: Any, k: Any, divisor: Any, reciprocal: Any, out: Any) -> None:
-    for i in range(out.size):
-        total = 0.0 + k[0] * np.float64(widen(g0[i]))
-        total = total + k[1] * np.float64(widen(g1[i]))
-        total = total + k[2] * np.float64(widen(g2[i]))
-        total = total + k[3] * np.float64(widen(g3[i]))
-        out[i] = _quotient(total, divisor, reciprocal)
-
-
-@inner
-def _mean_of_all(count: Any, g: Any, k: Any, low: Any, divisor: Any, reciprocal: Any, out: Any) -> None:
-    """Without an accumulator the sum never leaves the registers."""
-    high = low + out.size
-    if count == 1:
-        _mean_of_one(g[0][low:high], k[0], divisor, reciprocal, out)
-    elif count == 2:
-        _mean_of_two(g[0][low:high], g[1][low:high], k, divisor, reciprocal, out)
-    elif count == 3:
-        _mean_of_three(g[0][low:high], g[1][low:high], g[2][low:high], k, divisor, reciprocal, out)
-    else:
-        _mean_of_four(g[0][low:high], g[1][low:high], g[2][low:high], g[3][low:high], k, divisor, reciprocal, out)
-
-
-@inner
-def _square(mean: Any, lanes: Any) -> None:
-    for i in range(mean.size):
-        lanes[i] += np.float64(mean[i]) * np.float64(mean[i])
-
-
-@inner
-def _square_four(row0: Any, row1: Any, row2: Any, row3: Any, lanes: Any) -> None:
-    """Four rows in one go: the same order of additions with a quarter of the accumulators' traffic."""
-    for i in range(LANES):
-        lane = lanes[i] + np.float64(row0[i]) * np.float64(row0[i])
-        lane = lane + np.float64(row1[i]) * np.float64(row1[i])
-        lane = lane + np.float64(row2[i]) * np.float64(row2[i])
-        lanes[i] = lane + np.float64(row3[i]) * np.float64(row3[i])
-
-
-@inner
-def _add_squares(mean: Any, lanes: Any) -> None:
-    if mean.size == 4 * LANES:
-        _square_four(mean[:256], mean[256:512], mean[512:768], mean[768:1024], lanes)
-    else:
-        for row in range(0, mean.size, LANES):
-            _square(mean[row : min(row + LANES, mean.size)], lanes)
+    out, g0, g1, g2, g3 = start_of(accumulator), start_of(g[0]), start_of(g[1]), start_of(g[2]), start_of(g[3])
+    for i in range(0, accumulator.size, WIDTH):
+        store(out, i, _sum(out, True, count, g0, g1, g2, g3, k, i))
 
 
 @kernel
-def _reduce(
-    start: Any,
-    has_start: Any,
-    count: Any,
-    g: Any,
-    k: Any,
-    divisor: Any,
-    mean: Any,
-    square_sums: Any,
-) -> None:
+def _reduce(accumulator: Any, count: Any, g: Any, k: Any, divisor: Any, mean: Any, square_sums: Any) -> None:
+    # A division by a power of two is exactly a multiplication, and several times faster.
     is_power = np.int64(divisor) & (np.int64(divisor) - 1) == 0
-    reciprocal = 1.0 / divisor if is_power else 0.0
-    buffer = np.empty(_BLOCK, np.float64)
+    reciprocal = 1.0 / divisor
+    has_start, size, out = accumulator.size > 0, mean.size, start_of(mean)
+    start, g0, g1, g2, g3 = start_of(accumulator), start_of(g[0]), start_of(g[1]), start_of(g[2]), start_of(g[3])
     lanes = np.empty(LANES, np.float64)
+    squares = start_of(lanes)
+    past_the_caches = streams(out)
     for segment in range(square_sums.size):
         lanes[:] = 0.0
-        end = min((segment + 1) * SEGMENT, mean.size)
-        for low in range(segment * SEGMENT, end, _BLOCK):
-            high = min(low + _BLOCK, end)
-            out = mean[low:high]
-            if has_start:
-                total = buffer[: high - low]
-                total[:] = start[low:high]
-                _add_all(total, low, count, g, k)
-                _mean(total, divisor, reciprocal, out)
-            else:
-                _mean_of_all(count, g, k, low, divisor, reciprocal, out)
-            _add_squares(out, lanes)
+        end = min((segment + 1) * SEGMENT, size)
+        for row in range(segment * SEGMENT, end, LANES):
+            for lane in range(0, min(LANES, end - row), WIDTH):
+                i = row + lane
+                total = _sum(start, has_start, count, g0, g1, g2, g3, k, i)
+                m = astype(total * reciprocal if is_power else total / divisor, np.float32)
+                stream(out, i, m, past_the_caches)
+                wide = astype(m, np.float64)
+                store(squares, lane, load(squares, lane) + wide * wide)
         square_sum = 0.0
         for lane in range(LANES):
             square_sum += lanes[lane]
         square_sums[segment] = square_sum
+    settle()

@@ -1,9 +1,9 @@
 """The optimizer step of a chunk: one pass in place that updates, publishes and hashes.
 
-The pass walks blocks of 1024 elements: one loop updates and publishes what a run holds of the block,
-another one hashes the block while it is in the first-level cache (one loop for both would not
-vectorize). Every element is computed by the same float32 operations in the same order wherever its
-block, run or chunk ends: the cut of the flat space cannot change a bit.
+The pass walks blocks of 1024 elements. What lies inside of one run is updated, published and hashed in one
+loop, from registers. A block that a run's border cuts is published as it is, then updated run by run under a
+mask, then hashed, while it is in the first-level cache. Every element is computed by the same float32 operations
+in the same order wherever its block, run or chunk ends: the cut of the flat space cannot change a bit.
 Source: torch.optim.AdamW, Adam, SGD (single tensor); Loshchilov and Hutter, arXiv 1711.05101, Algorithm 2.
 """
 
@@ -20,18 +20,11 @@ from ps.config import OptimizerConfig
 from ps.kernels.arrays import FLOAT32, Array, readonly, require, wire_view
 from ps.kernels.convert import encode, round_to_wire
 from ps.kernels.formats import narrow
-from ps.kernels.hashing import (
-    BLOCK,
-    NO_MOMENT,
-    first_block,
-    hash_block,
-    hash_state,
-    hash_tail,
-    whole_words,
-)
+from ps.kernels.hashing import BLOCK, NO_MOMENT, block_key, first_block, hash_block, hash_state, no_pairs, pairs
 from ps.kernels.jit import inner, kernel
+from ps.kernels.vectors import WIDTH, load, positions, prefetch, repeat, start_of, store, total, where
 from ps.sharding import Run
-from ps.types import Decision, WireDtype
+from ps.types import ALIGNMENT, Decision, WireDtype
 
 
 @dataclass(frozen=True)
@@ -111,7 +104,7 @@ class Update:
             The hash of the chunk's state after the update; add up modulo 2^64 over chunks.
 
         Raises:
-            ValueError: an array is not what is said above, or a group has no scalars.
+            ValueError: an array is not what is said above, a group has no scalars, or the chunk is not one of a plan.
         """
         self._check(mean, weights, moments, published)
         require("present", present, np.dtype(np.bool_), len(runs))
@@ -163,6 +156,8 @@ class Update:
 
     def _check(self, mean: Array, weights: Array, moments: Sequence[Array], published: Array) -> None:
         size = weights.size
+        if size % ALIGNMENT:
+            raise ValueError(f"a chunk has a multiple of {ALIGNMENT} elements; there are {size} weights")
         require("weights", weights, FLOAT32, size, writeable=True)
         require("mean", mean, FLOAT32, size)
         require("published", published, self._dtype.numpy, size, writeable=True)
@@ -211,10 +206,19 @@ def _rule_scalars(optimizer: OptimizerConfig, decision: Decision) -> Array:
 
 
 @inner
-def _penalize(mean: Any, weights: Any, multiplier: Any, penalty: Any, out: Any) -> None:
-    """Unscale and clip the gradient, and add the L2 penalty of the old weight."""
-    for i in range(out.size):
-        out[i] = mean[i] * multiplier + penalty * weights[i]
+def _gradient(mean: Any, weight: Any, multiplier: Any, penalty: Any) -> Any:
+    """Unscale and clip, and add the L2 penalty of the old weight."""
+    gradient = mean * multiplier
+    if penalty != np.float32(0):
+        gradient = gradient + penalty * weight
+    return gradient
+
+
+@inner
+def _inside(i: Any, start: Any, stop: Any) -> Any:
+    """Return which elements of the vector at i lie in start..stop."""
+    lane = positions()
+    return (lane >= np.uint32(max(start - i, 0))) & (lane < np.uint32(min(stop - i, WIDTH)))
 
 
 @inner
@@ -224,43 +228,115 @@ def _adam(
     exp_avg: Any,
     exp_avg_sq: Any,
     published: Any,
-    multiplier: Any,
+    start: Any,
+    stop: Any,
+    whole: Any,
     step: Any,
+    penalty: Any,
     decay: Any,
     scalars: Any,
-) -> None:
-    beta1, rest1, beta2, rest2 = scalars[1], scalars[2], scalars[3], scalars[4]
+    block: Any,
+) -> Any:
+    """Update start..stop; return their part of the hash when they are whole blocks."""
+    multiplier, beta1, rest1, beta2, rest2 = scalars[0], scalars[1], scalars[2], scalars[3], scalars[4]
     correction, eps = scalars[5], scalars[6]
-    for i in range(weights.size):
-        gradient = mean[i] * multiplier
-        average = beta1 * exp_avg[i] + rest1 * gradient
-        square = beta2 * exp_avg_sq[i] + rest2 * (gradient * gradient)
-        weight = decay * weights[i] - step * average / (np.sqrt(square) * correction + eps)
-        exp_avg[i] = average
-        exp_avg_sq[i] = square
-        weights[i] = weight
-        published[i] = narrow(weight, published)
+    value = np.uint64(0)
+    for low in range(start // BLOCK * BLOCK, stop, BLOCK):
+        nh = no_pairs()
+        for i in range(max(start // WIDTH * WIDTH, low), min(stop, low + BLOCK), WIDTH):
+            prefetch(mean, i)
+            prefetch(weights, i)
+            prefetch(exp_avg, i)
+            prefetch(exp_avg_sq, i)
+            old, old_average, old_square = load(weights, i), load(exp_avg, i), load(exp_avg_sq, i)
+            gradient = _gradient(load(mean, i), old, multiplier, penalty)
+            average = beta1 * old_average + rest1 * gradient
+            square = beta2 * old_square + rest2 * (gradient * gradient)
+            weight = decay * old - step * average / (np.sqrt(square) * correction + eps)
+            if whole:
+                nh = nh + pairs(weight, average, square, i - low)
+            else:
+                inside = _inside(i, start, stop)
+                weight, average = where(inside, weight, old), where(inside, average, old_average)
+                square = where(inside, square, old_square)
+            store(exp_avg, i, average)
+            store(exp_avg_sq, i, square)
+            store(weights, i, weight)
+            store(published, i, narrow(weight, published))
+        value += total(nh) * block_key(block + low // BLOCK)
+    return value
 
 
 @inner
-def _momentum(mean: Any, weights: Any, buffer: Any, published: Any, multiplier: Any, step: Any, scalars: Any) -> None:
-    momentum, share, nesterov = scalars[1], scalars[2], scalars[3] != np.float32(0)
-    for i in range(weights.size):
-        gradient = mean[i] * multiplier
-        average = momentum * buffer[i] + share * gradient
-        direction = gradient + momentum * average if nesterov else average
-        weight = weights[i] - step * direction
-        buffer[i] = average
-        weights[i] = weight
-        published[i] = narrow(weight, published)
+def _momentum(
+    mean: Any,
+    weights: Any,
+    buffer: Any,
+    published: Any,
+    start: Any,
+    stop: Any,
+    whole: Any,
+    step: Any,
+    penalty: Any,
+    scalars: Any,
+    block: Any,
+) -> Any:
+    """As `_adam`."""
+    multiplier, momentum, share, nesterov = scalars[0], scalars[1], scalars[2], scalars[3] != np.float32(0)
+    value, zero = np.uint64(0), repeat(np.float32(0))
+    for low in range(start // BLOCK * BLOCK, stop, BLOCK):
+        nh = no_pairs()
+        for i in range(max(start // WIDTH * WIDTH, low), min(stop, low + BLOCK), WIDTH):
+            prefetch(mean, i)
+            prefetch(weights, i)
+            prefetch(buffer, i)
+            old, old_average = load(weights, i), load(buffer, i)
+            gradient = _gradient(load(mean, i), old, multiplier, penalty)
+            average = momentum * old_average + share * gradient
+            direction = gradient + momentum * average if nesterov else average
+            weight = old - step * direction
+            if whole:
+                nh = nh + pairs(weight, average, zero, i - low)
+            else:
+                inside = _inside(i, start, stop)
+                weight, average = where(inside, weight, old), where(inside, average, old_average)
+            store(buffer, i, average)
+            store(weights, i, weight)
+            store(published, i, narrow(weight, published))
+        value += total(nh) * block_key(block + low // BLOCK)
+    return value
 
 
 @inner
-def _plain(mean: Any, weights: Any, published: Any, multiplier: Any, step: Any) -> None:
-    for i in range(weights.size):
-        weight = weights[i] - step * (mean[i] * multiplier)
-        weights[i] = weight
-        published[i] = narrow(weight, published)
+def _plain(
+    mean: Any,
+    weights: Any,
+    published: Any,
+    start: Any,
+    stop: Any,
+    whole: Any,
+    step: Any,
+    penalty: Any,
+    scalars: Any,
+    block: Any,
+) -> Any:
+    """As `_adam`."""
+    value, zero = np.uint64(0), repeat(np.float32(0))
+    for low in range(start // BLOCK * BLOCK, stop, BLOCK):
+        nh = no_pairs()
+        for i in range(max(start // WIDTH * WIDTH, low), min(stop, low + BLOCK), WIDTH):
+            prefetch(mean, i)
+            prefetch(weights, i)
+            old = load(weights, i)
+            weight = old - step * _gradient(load(mean, i), old, scalars[0], penalty)
+            if whole:
+                nh = nh + pairs(weight, zero, zero, i - low)
+            else:
+                weight = where(_inside(i, start, stop), weight, old)
+            store(weights, i, weight)
+            store(published, i, narrow(weight, published))
+        value += total(nh) * block_key(block + low // BLOCK)
+    return value
 
 
 @kernel
@@ -279,45 +355,36 @@ def _apply(
     decays: Any,
     scalars: Any,
     published: Any,
-    start: Any,
+    block: Any,
 ) -> Any:
-    penalized = np.empty(BLOCK, np.float32)
-    words, words1, words2 = whole_words(weights), whole_words(first), whole_words(second)
-    total, run = np.uint64(0), 0
-    for low in range(0, weights.size, BLOCK):
-        high = min(low + BLOCK, weights.size)
-        done = low
-        while run < starts.size and starts[run] < high:
-            a, b, group = max(starts[run], low), min(stops[run], high), groups[run]
-            if present[run]:
-                if a > done:
-                    round_to_wire(weights[done:a], published[done:a])
-                done = b
-                w, out, gradient, multiplier = weights[a:b], published[a:b], mean[a:b], scalars[0]
-                if penalties[group] != np.float32(0):
-                    _penalize(gradient, w, multiplier, penalties[group], penalized[: b - a])
-                    gradient, multiplier = penalized[: b - a], np.float32(1)
-                if rule == _ADAM:
-                    _adam(
-                        gradient,
-                        w,
-                        first[a:b],
-                        second[a:b],
-                        out,
-                        multiplier,
-                        steps[group],
-                        decays[group],
-                        scalars,
-                    )
-                elif rule == _MOMENTUM:
-                    _momentum(gradient, w, first[a:b], out, multiplier, steps[group], scalars)
-                else:
-                    _plain(gradient, w, out, multiplier, steps[group])
-            if stops[run] > high:
-                break
+    size, mean, weights, published = weights.size, start_of(mean), start_of(weights), start_of(published)
+    count, first, second = (first.size > 0) + (second.size > 0), start_of(first), start_of(second)
+    value, run, low = np.uint64(0), 0, 0
+    while low < size:
+        while run < starts.size and stops[run] <= low:
             run += 1
-        if high > done:
-            round_to_wire(weights[done:high], published[done:high])
-        if high - low == BLOCK:
-            total += hash_block(words, words1, words2, low // BLOCK, start)
-    return total + hash_tail(weights, first, second, start)
+        high, whole = min(low + BLOCK, size), False
+        if run < starts.size and present[run] and starts[run] <= low and low + BLOCK <= stops[run]:
+            high, whole = low + (stops[run] - low) // BLOCK * BLOCK, True
+        else:
+            round_to_wire(weights, published, low, high)
+        current = run
+        while current < starts.size and starts[current] < high:
+            a, b, group = max(starts[current], low), min(stops[current], high), groups[current]
+            step, penalty, decay = steps[group], penalties[group], decays[group]
+            part = np.uint64(0)
+            if not present[current]:
+                pass
+            elif rule == _ADAM:
+                part = _adam(mean, weights, first, second, published, a, b, whole, step, penalty, decay, scalars, block)
+            elif rule == _MOMENTUM:
+                part = _momentum(mean, weights, first, published, a, b, whole, step, penalty, scalars, block)
+            else:
+                part = _plain(mean, weights, published, a, b, whole, step, penalty, scalars, block)
+            if whole:
+                value += part
+            current += 1
+        if not whole:
+            value += hash_block(weights, first, second, size, count, low, block)
+        low = high
+    return value

@@ -21,6 +21,7 @@ from ps.shard.engine import Outbox, ShardEngine
 from ps.shard.service import SERVICE, ShardHost, ShardServicer
 from ps.shard.snapshot import SnapshotTarget
 from ps.storage.shard_file import ShardFile
+from ps.telemetry.courier import Courier
 from ps.telemetry.exporter import identify, serve_metrics
 from ps.types import Applied, Decision, Fence, Prepared, Role
 from ps.wire.health import Health, enable_reflection
@@ -57,6 +58,8 @@ class ShardApp:
         self._registered = False
         self._exit_code = 0
         self._reason = ""
+        #: Once there is something to be traced.
+        self._courier: Courier | None = None
         incarnation = random.SystemRandom().getrandbits(62) + 1
         self._host = ShardHost(index, incarnation, self._on_engine)
         self._server = make_server(MAX_STREAMS)
@@ -95,6 +98,8 @@ class ShardApp:
             self._wait()
         finally:
             self._health.not_serving()
+            if self._courier is not None:
+                self._courier.close()
             self._session.close()
             self._server.stop(grace=0.5).wait(5.0)
             if self._host.engine is not None:
@@ -192,6 +197,8 @@ class ShardApp:
             self._end(False, f"a kernel thread failed: {error}")
 
         engine.outbox = Outbox(prepared, applied, initialized, snapshot, failed)
+        self._courier = Courier(self._session, engine.trace)
+        self._courier.start()
 
 
 def run(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ from ps.storage.manifest import read_manifest
 from ps.storage.reader import CheckpointReader
 from ps.storage.shard_file import ShardFile
 from ps.telemetry import logs
+from ps.telemetry.trace import Recorder
 from ps.types import Applied, Decision, Fence, ParameterTable, Prepared
 from ps.wire.messages import Initialize, Push
 from ps.wire.shared_memory import Segment
@@ -72,6 +74,7 @@ class ShardEngine:
         self.protocol = StepProtocol(self.plan, shard, shape)
         self.store = Store(self.chunks, Update(config.optimizer, dtype), dtype, eager=config.is_eager)
         self.outbox = Outbox()
+        self.trace = Recorder(config.traced_steps)
         #: Guards the protocol.
         self.lock = threading.RLock()
         #: Notified when another step is open.
@@ -88,6 +91,7 @@ class ShardEngine:
         #: Versions that were asked for while they were being written.
         self._asked_again: set[int] = set()
         self._prepared: Prepared | None = None
+        self._prepared_ns = 0
         self._last_applied: Applied | None = None
         metrics.ELEMENTS.set(self.store.num_elements)
 
@@ -261,6 +265,8 @@ class ShardEngine:
                 if self._last_applied is not None and self._last_applied.step == decision.step:
                     self.outbox.applied(self._last_applied)
                 return
+            if self.protocol.deciding is decision or self.protocol.step > before:
+                self.trace.add("wait for the decision", "wait", decision.step, self._prepared_ns, track="decision")
             self._submit_updates(decision, chunks)
             if self.protocol.step > before:
                 # Nothing is to be updated, or everything is.
@@ -285,7 +291,7 @@ class ShardEngine:
         present = self._begin_update(decision, chunk)
         if present is None:
             return
-        with metrics.APPLY_SECONDS.time():
+        with metrics.APPLY_SECONDS.time(), self.trace.span("apply", "apply", decision.step, chunk=chunk.index):
             published = self.store.apply(chunk, present, decision)
         metrics.APPLIED_ELEMENTS.inc(chunk.size)
         with self.lock:
@@ -407,10 +413,12 @@ class ShardEngine:
         with self.lock:
             if not self.protocol.is_current(job, reduction):
                 return
+            step = self.protocol.step
         gradients = [held.gradient for held in job.held]
         weights = [held.slots for held in job.held]
         dtype = self.config.precision.wire
-        with metrics.REDUCE_SECONDS.time():
+        name = "fold" if isinstance(job, FoldJob) else "reduce"
+        with metrics.REDUCE_SECONDS.time(), self.trace.span(name, "reduce", step, chunk=job.chunk.index):
             if isinstance(job, FoldJob):
                 if reduction.accumulator is None:
                     reduction.accumulator = np.zeros(job.chunk.size, np.float64)
@@ -444,6 +452,7 @@ class ShardEngine:
         if self._prepared is None and self.protocol.serving and self.protocol.all_reduced:
             if self.protocol.deciding is not None:
                 return
+            self._prepared_ns = time.monotonic_ns()
             self._prepared = self.protocol.prepared(self.store.all_square_sums())
             self.outbox.prepared(self._prepared)
 

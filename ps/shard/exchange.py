@@ -11,6 +11,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from ps.errors import ConflictingContribution, MalformedFrame, Refusal, StaleFence, VersionGone
@@ -23,6 +24,7 @@ from ps.telemetry.metrics import LinkBytes
 from ps.types import Fence, Role
 from ps.wire import frame
 from ps.wire.messages import (
+    MAX_PLACES,
     Ack,
     Attach,
     Header,
@@ -52,8 +54,8 @@ class _Cursor:
     #: What was published in the step that was looked at last, and how much of it was seen.
     news: list[int] | None = None
     seen: int = 0
-    #: Something was sent, not only found unchanged.
-    started: bool = False
+    #: The first chunk of the last frame; -1: nothing was sent, only found unchanged.
+    sent: int = -1
 
     def look(self, store: Store) -> None:
         """See what has been published since the last look: all of it once per step, then only what is new."""
@@ -74,6 +76,8 @@ class Exchange:
         self._incarnation = incarnation
         self._outbox: deque[bytes] = deque()
         self._cursor: _Cursor | None = None
+        #: Whose answer is the frame that goes next; None: it is of no pull.
+        self._answered: _Cursor | None = None
         self._closed = False
         self._sharing = StreamMemory()
         #: Until the worker has said who it is.
@@ -93,7 +97,8 @@ class Exchange:
         try:
             fields, payload = frame.decode(data)
             header = parse_to_shard(fields)
-            self._handle(header, payload)
+            with self._taking(header):
+                self._handle(header, payload)
         except Refusal as refusal:
             self._refuse(refusal, header)
 
@@ -169,6 +174,17 @@ class Exchange:
             self._outbox.append(encoded)
             self._changed.notify_all()
 
+    def _taking(self, header: Header) -> AbstractContextManager[None]:
+        """What a push costs, in a timeline: its way here, and what is done with it."""
+        trace = self._engine.trace
+        if not trace.on or not isinstance(header, Push | PushPlaced):
+            return nullcontext()
+        chunk = header.chunk if isinstance(header, Push) else -1
+        about = {"chunk": chunk, "contribution": header.contribution}
+        track = f"stream from worker {header.rank}"
+        trace.since_last("receive", "push", header.step, track=track, **about)
+        return trace.span("take", "push", header.step, track=track, **about)
+
     # -- Outgoing -------------------------------------------------------------------------------
 
     def replies(self) -> Iterator[bytes]:
@@ -184,23 +200,33 @@ class Exchange:
             if reply is None:
                 return
             self._bytes.sent.inc(len(reply))
-            yield reply
+            with self._sending():
+                yield reply
 
     def _next(self) -> bytes | None:
         """The next frame that can go now; called with the lock held."""
         if self._closed:
             return None
+        self._answered = None
         if self._outbox:
             return self._outbox.popleft()
-        cursor = self._cursor
+        cursor = self._answered = self._cursor
         if cursor is None:
             return None
         try:
             return self._advance(cursor)
         except Refusal as refusal:
-            self._cursor = None
+            self._cursor = self._answered = None
             metrics.REFUSED_FRAMES.labels(refusal.code).inc()
             return frame.encode(Refused(refusal.code, refusal.message, cursor.request.version, -1, -1).pack())
+
+    def _sending(self) -> AbstractContextManager[None]:
+        """What a frame's way out costs, in a timeline."""
+        cursor, trace = self._answered, self._engine.trace
+        if not trace.on or cursor is None:
+            return nullcontext()
+        track = f"stream to worker {cursor.request.rank}"
+        return trace.span("send", "pull", cursor.request.version - 1, chunk=cursor.sent, track=track)
 
     def _advance(self, cursor: _Cursor) -> bytes | None:
         engine, request = self._engine, cursor.request
@@ -212,7 +238,7 @@ class Exchange:
         placed: list[list[int]] = []
         applied = -1
         reply: bytes | None = None
-        while cursor.ready and reply is None:
+        while cursor.ready and reply is None and len(placed) < MAX_PLACES:
             position = cursor.ready[0]
             if position not in cursor.waiting:
                 heapq.heappop(cursor.ready)
@@ -232,16 +258,17 @@ class Exchange:
                 break
             elif is_new:
                 reply = engine.store.frame(chunk, published)
+                cursor.sent = chunk.index
             heapq.heappop(cursor.ready)
             if published.version == request.version:
                 cursor.waiting.discard(position)
         if placed:
             # Everything that is there is told of at once: a frame costs more than what it says.
             reply = frame.encode(Placed(applied, str(engine.store.dtype), placed).pack())
-        cursor.started |= reply is not None
+            cursor.sent = placed[0][0]
         if not cursor.waiting:
             self._cursor = None
-            if not cursor.started:
+            if cursor.sent < 0:
                 reply = frame.encode(Unchanged(request.version, engine.protocol.applied).pack())
         return reply
 

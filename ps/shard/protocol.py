@@ -24,7 +24,7 @@ from ps.errors import (
     WrongLength,
     WrongLossScale,
 )
-from ps.shard.reduction import ChunkReduction, Held, ReductionJob
+from ps.shard.reduction import ChunkReduction, Held, Progress, ReductionJob
 from ps.sharding import Chunk, Plan
 from ps.types import ContributionReport, Decision, Fence, Prepared, WireDtype, slot_range
 from ps.wire.messages import Fenced, Initialize, Push
@@ -81,6 +81,7 @@ class StepProtocol:
         #: Chunks of the open step that are not updated, and those that are or are about to be.
         self._unpublished: set[int] = set()
         self._updating: set[int] = set()
+        self._progress = Progress()
         self._reductions: dict[int, ChunkReduction] = {}
         self._reset()
 
@@ -208,7 +209,7 @@ class StepProtocol:
 
     @property
     def chunks_reduced(self) -> int:
-        return sum(reduction.reduced for reduction in self._reductions.values())
+        return self._progress.chunks_reduced
 
     # -- Reduction ------------------------------------------------------------------------------
 
@@ -324,8 +325,11 @@ class StepProtocol:
         self._unpublished = set(self._chunks)
         self._updating = set()
         self.updated_by = None
+        # Anew, so that a job of the step before that ends late counts for that one.
+        progress = self._progress = Progress()
         self._reductions = {
-            index: ChunkReduction(chunk, self.shape.contributions, exact) for index, chunk in self._chunks.items()
+            index: ChunkReduction(chunk, self.shape.contributions, exact, progress)
+            for index, chunk in self._chunks.items()
         }
 
     def _check_foregone(self, decision: Decision) -> None:

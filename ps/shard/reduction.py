@@ -8,6 +8,7 @@ contribution not folded yet.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,6 +48,13 @@ ReductionJob = FoldJob | ReduceJob
 
 
 @dataclass
+class Progress:
+    """How far the open step is, over all chunks of a shard."""
+
+    chunks_reduced: int = 0
+
+
+@dataclass
 class ChunkReduction:
     """The open step's contributions of one chunk."""
 
@@ -55,6 +63,8 @@ class ChunkReduction:
     contributions: int
     #: The sum does not depend on the order (FP16).
     exact: bool
+    #: Told when the chunk is reduced.
+    progress: Progress = field(default_factory=Progress)
     #: Payload hash of every contribution that has come.
     hashes: dict[int, bytes] = field(default_factory=dict)
     present: int = 0
@@ -62,15 +72,24 @@ class ChunkReduction:
     reduced: bool = False
     #: Reduced, without overflow.
     finite: bool = False
-    _waiting: list[Held] = field(default_factory=list)
-    _folded: int = 0
+    #: What may be added now, in this order.
+    _waiting: deque[Held] = field(default_factory=deque)
+    #: What came before its turn (BF16, FP32), by contribution; and whose turn it is.
+    _early: dict[int, Held] = field(default_factory=dict)
+    _turn: int = 0
     _busy: bool = False
 
     def add(self, held: Held, payload_hash: bytes, present: bytes) -> ReductionJob | None:
         """Take a contribution that has not come before; return what can be done now."""
         self.hashes[held.contribution] = payload_hash
         self.present |= int.from_bytes(present, "little")
-        self._waiting.append(held)
+        if self.exact:
+            self._waiting.append(held)
+        else:
+            self._early[held.contribution] = held
+            while self._turn in self._early:
+                self._waiting.append(self._early.pop(self._turn))
+                self._turn += 1
         return self._next()
 
     def done(self, job: ReductionJob) -> ReductionJob | None:
@@ -79,6 +98,7 @@ class ChunkReduction:
         if isinstance(job, ReduceJob):
             self.reduced = True
             self.accumulator = None
+            self.progress.chunks_reduced += 1
             return None
         return self._next()
 
@@ -89,23 +109,12 @@ class ChunkReduction:
     def _next(self) -> ReductionJob | None:
         if self._busy:
             return None
-        if not self.exact:
-            self._waiting.sort(key=lambda held: held.contribution)
-        ready = len(self._waiting) if self.exact else self._in_order()
-        if ready > FAN_IN:
+        if len(self._waiting) > FAN_IN:
             return FoldJob(self.chunk, self._take(FAN_IN))
         if self.complete:
-            return ReduceJob(self.chunk, self._take(ready))
+            return ReduceJob(self.chunk, self._take(len(self._waiting)))
         return None
 
-    def _in_order(self) -> int:
-        ready = 0
-        while ready < len(self._waiting) and self._waiting[ready].contribution == self._folded + ready:
-            ready += 1
-        return ready
-
     def _take(self, count: int) -> tuple[Held, ...]:
-        taken, self._waiting = tuple(self._waiting[:count]), self._waiting[count:]
-        self._folded += count
         self._busy = True
-        return taken
+        return tuple(self._waiting.popleft() for _ in range(count))

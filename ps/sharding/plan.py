@@ -8,6 +8,7 @@ is a run of segments and belongs to one shard. Every process computes the plan a
 from __future__ import annotations
 
 import hashlib
+import heapq
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -153,11 +154,11 @@ def _chunk_borders(size: int, num_parameters: int, num_shards: int) -> list[tupl
 
 def _place(sizes: list[int], num_shards: int) -> list[int]:
     """Give each chunk, in order, to the least loaded shard; ties go to the lowest index."""
-    load = [0] * num_shards
+    loads = [(0, shard) for shard in range(num_shards)]
     placement = []
     for size in sizes:
-        shard = min(range(num_shards), key=lambda candidate: (load[candidate], candidate))
-        load[shard] += size
+        load, shard = loads[0]
+        heapq.heapreplace(loads, (load + size, shard))
         placement.append(shard)
     return placement
 

@@ -21,9 +21,11 @@ _MEMBER = frozenset({Role.SHARD, Role.WORKER})
 
 #: Service or method -> the roles that may call it. What is not here nobody may call.
 MAY_CALL: dict[str, frozenset[str]] = {
-    # As whom a member may register and connect is looked at again, by `check_claim`.
+    # As whom a member may register, connect and report is looked at again, by `check_claim`.
     "/windlass.ps.v1.Coordinator/Register": _MEMBER,
     "/windlass.ps.v1.Coordinator/Session": _MEMBER,
+    "/windlass.ps.v1.Coordinator/Clock": _MEMBER,
+    "/windlass.ps.v1.Coordinator/Trace": _MEMBER,
     "/windlass.ps.v1.Coordinator/Status": _ANY,
     "/windlass.ps.v1.Shard/Configure": frozenset({Role.COORDINATOR}),
     "/windlass.ps.v1.Shard/Exchange": frozenset({Role.WORKER}),

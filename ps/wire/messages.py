@@ -13,6 +13,8 @@ from ps.types import Fence
 _INT_MAX = 2**63 - 1
 #: Tokens of one contribution, at most: the sum over 8192 of them still fits the messages to the coordinator.
 MAX_TOKENS = 2**48
+#: Published chunks that one frame tells of, at most: each takes less than 32 of a header's 65,536 bytes.
+MAX_PLACES = 1024
 
 
 @dataclass(frozen=True)

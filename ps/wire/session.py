@@ -126,6 +126,31 @@ class Session:
         """Say what the member is doing; travels with the next heartbeat."""
         self._doing = text
 
+    def clock(self) -> pb.ClockResponse:
+        """Read the coordinator's clock.
+
+        Raises:
+            PsError: it did not answer.
+        """
+        try:
+            answer: pb.ClockResponse = self._stub.Clock(pb.ClockRequest(), timeout=CALL_TIMEOUT_S)
+        except grpc.RpcError as failure:
+            raise error_of(failure, f"asking {self.address} for its clock") from None
+        return answer
+
+    def trace(self, part: pb.TraceRequest) -> None:
+        """Hand over this member's part of a timeline; all but the member and the run is filled in.
+
+        Raises:
+            PsError: the coordinator did not take it.
+        """
+        part.member.CopyFrom(self.member)
+        part.run = self.run
+        try:
+            self._stub.Trace(part, timeout=CALL_TIMEOUT_S)
+        except grpc.RpcError as failure:
+            raise error_of(failure, f"handing {self.address} a part of the trace") from None
+
     def abandon(self) -> None:
         """Have `register` give up; safe in a signal handler."""
         self._closing.set()

@@ -5,16 +5,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from ps.sharding import make_plan
+from ps.client.pulled import PulledModel
+from ps.sharding import Chunk, make_plan
 from ps.types import slot_range
 from tests.multiprocess.conftest import MakeJob
+from tests.support.altered import alter
 from tests.support.cluster import Finished, make_job, train
+from tests.support.delaying import DelayingTransport
 from tests.support.shuffling import ShufflingTransport
-from workers.engine.compute import Computed, Contributor
+from workers.engine.flat_model import FlatModel
 
 STEPS = 16
 JOB = (f"training.steps={STEPS}", "batch.contributions_per_step=4", "schedule.warmup_steps=4")
@@ -70,19 +74,69 @@ def test_fp16_wire(
     assert run.digest() == plain()
 
 
+class Overlapped:
+    """Counts how often a layer waited for its weights, and how many chunks were pushed before a backward ended."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.waits = 0
+        self.early_chunks = 0
+        has, finishing = PulledModel.has, FlatModel.finishing
+
+        def counting_has(self_: PulledModel, version: int, chunks: Any, timeout_s: float = 0.0) -> bool:
+            found = has(self_, version, chunks, timeout_s)
+            self.waits += not found and chunks is not None and timeout_s == 0
+            return found
+
+        def counting_finishing(self_: FlatModel, on_chunk: Callable[[Chunk], None]) -> Any:
+            def counting(chunk: Chunk) -> None:
+                self.early_chunks += 1
+                on_chunk(chunk)
+
+            return finishing(self_, counting)
+
+        monkeypatch.setattr(PulledModel, "has", counting_has)
+        monkeypatch.setattr(FlatModel, "finishing", counting_finishing)
+
+
+EAGER = ("precision.wire=fp32", "optimizer.clip_norm=0")
+
+
+@pytest.mark.parametrize("transport", ["grpc", "shm"])
+@pytest.mark.parametrize("overrides", [(), EAGER], ids=["decided", "eager"])
+def test_overlap_changes_no_bit(
+    make_job: MakeJob,
+    plain: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    transport: str,
+    overrides: tuple[str, ...],
+) -> None:
+    """Forwards begin before the pull ends, and chunks leave while backward runs, late and in any order."""
+    counted = Overlapped(monkeypatch)
+    delaying: list[DelayingTransport] = []
+
+    def late() -> DelayingTransport:
+        seed = len(delaying)
+        delaying.append(DelayingTransport(ShufflingTransport(seed), seed))
+        return delaying[-1]
+
+    job = (*JOB, *overrides, *cluster(2, 2, 1), f"launch.transport={transport}", "evaluation.every_steps=5")
+    run = train(make_job("run", *job), late)
+    assert sum(each.delayed for each in delaying) > STEPS
+    assert counted.waits > STEPS / 4
+    assert counted.early_chunks > STEPS
+    waits, early_chunks = counted.waits, counted.early_chunks
+    without = train(make_job("without", *job, "worker.overlap=false"), late)
+    assert (counted.waits, counted.early_chunks) == (waits, early_chunks)
+    assert run.digest() == without.digest() == plain(*overrides)
+
+
 def make_order_matter(monkeypatch: pytest.MonkeyPatch, up: int, down: int) -> None:
     """Add so much to one contribution and take it from another that whatever is added in between is lost.
 
     Otherwise float64 would hide nearly every other order of FP32 values.
     """
-    contribute = Contributor.contribute
-
-    def contributing(self: Contributor, step: int, contribution: int, loss_scale: float) -> Computed:
-        computed = contribute(self, step, contribution, loss_scale)
-        self._flat.gradients.add_({up: 2.0**60, down: -(2.0**60)}.get(contribution, 0.0))
-        return computed
-
-    monkeypatch.setattr(Contributor, "contribute", contributing)
+    shifts = {up: 2.0**60, down: -(2.0**60)}
+    alter(monkeypatch, lambda _step, contribution, _chunk, gradient: gradient.add_(shifts.get(contribution, 0.0)))
 
 
 @pytest.mark.parametrize(("shards", "workers", "threads"), [(1, 4, 1), (2, 2, 2), (3, 3, 2)])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
+from torch import Tensor
 
+from ps.sharding import Chunk
 from tests.multiprocess.conftest import MakeJob
+from tests.support.altered import alter
 from tests.support.cluster import Finished, train
-from workers.engine.compute import Computed, Contributor
 
 #: DeepSpeed's own scaler over XX.....XX with a window of 4 and a hysteresis of 2: (scale, hysteresis) after each step.
 PATTERN = "XX.....XX"
@@ -31,19 +31,15 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float, shard
     Returns:
         The steps at which it happened, filled as it happens.
     """
-    contribute = Contributor.contribute
     poisoned: set[int] = set()
 
-    def poisoning(self: Contributor, step: int, contribution: int, loss_scale: float) -> Computed:
-        computed = contribute(self, step, contribution, loss_scale)
-        if step in steps and contribution == 1:
-            flat: Any = self._flat
-            chunk = flat.plan.chunks_of(shard)[0]
-            flat.gradients[chunk.start + chunk.runs[0].start + 3] = value
+    def poisoning(step: int, contribution: int, chunk: Chunk, gradient: Tensor) -> None:
+        # The first chunks go to one shard each.
+        if step in steps and contribution == 1 and chunk.index == chunk.shard == shard:
+            gradient[chunk.runs[0].start + 3] = value
             poisoned.add(step)
-        return computed
 
-    monkeypatch.setattr(Contributor, "contribute", poisoning)
+    alter(monkeypatch, poisoning)
     return poisoned
 
 

@@ -162,15 +162,36 @@ OF_TYPE: dict[str, st.SearchStrategy[Any]] = {
     "bool": st.booleans(),
     "list[list[Any]]": st.lists(st.tuples(INTS, st.binary(max_size=5)).map(list), max_size=3),
 }
-TO_SHARD = [messages.Hello, messages.Push, messages.Initialize, messages.Pull]
-TO_WORKER = [messages.Welcome, messages.Ack, messages.Weights, messages.Unchanged, messages.Refused]
+EIGHT = st.binary(min_size=8, max_size=8)
+ROWS: dict[type[Header], st.SearchStrategy[Any]] = {
+    messages.PushPlaced: st.tuples(INTS, INTS, EIGHT, st.binary(max_size=5)),
+    messages.Placed: st.tuples(INTS, INTS, INTS, INTS),
+}
+TO_SHARD = [
+    messages.Hello,
+    messages.Attach,
+    messages.Push,
+    messages.PushPlaced,
+    messages.Initialize,
+    messages.Pull,
+]
+TO_WORKER = [
+    messages.Welcome,
+    messages.Ack,
+    messages.Weights,
+    messages.Placed,
+    messages.Unchanged,
+    messages.Refused,
+]
 
 
 def header_strategy(cls: type[Header]) -> st.SearchStrategy[Header]:
-    values = {
-        f.name: st.binary(min_size=8, max_size=8) if f.name == "hash" else OF_TYPE[str(f.type)] for f in fields(cls)
-    }
-    return st.builds(cls, **values)
+    special: dict[str, st.SearchStrategy[Any]] = {"hash": EIGHT}
+    if cls in ROWS:
+        special["chunks"] = st.lists(ROWS[cls].map(list), max_size=3)
+    return st.builds(
+        cls, **{f.name: special[f.name] if f.name in special else OF_TYPE[str(f.type)] for f in fields(cls)}
+    )
 
 
 @pytest.mark.parametrize("cls", TO_SHARD + TO_WORKER)

@@ -1,4 +1,7 @@
-"""A transport that a worker's pushes take detours on: out of order, late, and some of them twice."""
+"""A transport that a worker's pushes take detours on: out of order, late, and some of them twice.
+
+What tells of several places in shared memory is one push for each.
+"""
 
 from __future__ import annotations
 
@@ -49,12 +52,20 @@ class _Shuffling:
     def send(self, data: bytes, timeout_s: float) -> bool:
         fields: dict[str, Any]
         fields, payload = frame.decode(data)
-        if fields["kind"] != "push":
+        if fields["kind"] not in ("push", "push_placed"):
             return self._inner.send(data, timeout_s)
-        self._transport.pushed[fields["step"], fields["contribution"], fields["chunk"]] = bytes(payload)
+        if fields["kind"] == "push":
+            self._transport.pushed[fields["step"], fields["contribution"], fields["chunk"]] = bytes(payload)
+            pushes = [data]
+        else:
+            pushes = [frame.encode({**fields, "chunks": [row]}) for row in fields["chunks"]]
         with self._changed:
-            self._held.append(data)
+            self._held += pushes
             self._changed.notify_all()
+        return True
+
+    @property
+    def has_room(self) -> bool:
         return True
 
     def close(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,29 +11,39 @@ import pytest
 
 from protos.ps.v1 import coordinator_pb2 as pb
 from ps.client import links as links_module
-from ps.client.client import Contribution, ParameterClient
-from ps.client.links import Inbox, Lost, Received, Said, ShardLinks
+from ps.client.client import ParameterClient
+from ps.client.links import Arrived, Failed, Inbox, Said, ShardLinks
+from ps.client.pusher import Contribution
 from ps.client.shared import Sharing
+from ps.errors import MalformedFrame
 from ps.sharding import Chunk, make_plan
 from ps.types import Fence, ParameterTable, TensorSpec, WireDtype
 from ps.wire import frame
-from ps.wire.messages import Ack, Weights, Welcome
+from ps.wire.messages import Ack, Header, Placed, Refused, Weights, Welcome
+from ps.wire.shared_memory import Segment
 from tests.support.eventually import eventually
 
 TABLE = ParameterTable((TensorSpec("w", (65_536 * 3,)),))
 
 
 class _Recording:
-    """A transport and its connection."""
+    """A transport and its connection; what the shard says comes in as from the stream's thread."""
 
     def __init__(self) -> None:
         self.frames: list[bytes] = []
+        self.say: Any = None
+        self.lose: Any = None
 
-    def connect(self, _address: str, _on_frame: Any, _on_close: Any) -> _Recording:
+    def connect(self, _address: str, on_frame: Any, on_close: Any) -> _Recording:
+        self.say, self.lose = on_frame, on_close
         return self
 
     def send(self, frame: bytes, _timeout_s: float) -> bool:
         self.frames.append(frame)
+        return True
+
+    @property
+    def has_room(self) -> bool:
         return True
 
     def close(self) -> None:
@@ -61,92 +73,243 @@ class _Zeros:
         pass
 
 
-def opened() -> ParameterClient:
-    client = ParameterClient(_Recording(), Inbox(), 0, 7, TABLE, _Zeros())
-    digest = make_plan(TABLE, 1).digest
-    client.open("run", Fence(1, 1), digest, ["nowhere:1"], 4, 2, WireDtype.FP16)
-    return client
+class Client:
+    """A client, and the voice of its only shard."""
+
+    def __init__(self, sharing: Sharing = Sharing.NEVER) -> None:
+        self.stream, self.source, self.inbox = _Recording(), _Zeros(), Inbox()
+        self.parameters = ParameterClient(self.stream, self.inbox, 0, 7, TABLE, self.source, sharing)
+        digest = make_plan(TABLE, 1).digest
+        self.parameters.open("run", Fence(1, 1), digest, ["nowhere:1"], 4, 2, WireDtype.FP16)
+        self.parameters.begin_step(5)
+
+    def say(self, header: Header, payload: Any = b"") -> None:
+        """The shard says something, and the owner takes it."""
+        self.stream.say(frame.encode(header.pack(), payload))
+        self.take()
+
+    def take(self) -> list[Any]:
+        """The owner takes what there is."""
+        events = []
+        while (event := self.inbox.get(0.0)) is not None:
+            events.append(event)
+            assert not isinstance(event, Said)
+            self.parameters.handle(event)
+        return events
+
+    def welcome(self, step: int = 5, held: list[list[Any]] | None = None) -> None:
+        self.say(Welcome(0, 9, 1, 1, step, step, held or []))
+
+    def acknowledge(self, step: int, contribution: int) -> None:
+        self.say(Ack(step, contribution, -1))
+
+    def bring(self, applied: int, *chunks: int) -> None:
+        for chunk in chunks:
+            size = self.parameters.plan.chunks[chunk].size
+            self.say(Weights(applied, chunk, "fp16"), memoryview(bytes(2 * size)))
+
+    def push(self, step: int, contribution: int) -> Contribution:
+        pushed = Contribution(step, contribution, 1.0, lambda: (0.0, 0))
+        self.parameters.begin_push(pushed)
+        self.parameters.push(pushed)
+        self.parameters._pusher.settle()
+        return pushed
+
+    @property
+    def kinds(self) -> list[str]:
+        """What has been sent, by kind."""
+        return [frame.decode(data)[0]["kind"] for data in self.stream.frames]
+
+    @property
+    def pushed(self) -> list[tuple[int, int]]:
+        """(contribution, chunk) of what has been pushed."""
+        headers = [frame.decode(data)[0] for data in self.stream.frames]
+        return [(header["contribution"], header["chunk"]) for header in headers if header["kind"] == "push"]
 
 
-def acknowledge(client: ParameterClient, step: int, contribution: int) -> None:
-    for chunk in client.plan.chunks:
-        client.handle(Received(0, Ack(step, contribution, chunk.index, False), memoryview(b"")))
+@pytest.fixture
+def client() -> Iterator[Client]:
+    made = Client()
+    yield made
+    made.parameters.close()
 
 
-def kinds(client: ParameterClient) -> list[str]:
-    """What has been sent, by kind."""
-    recording: Any = client.links._links[0].connection
-    return [frame.decode(data)[0]["kind"] for data in recording.frames]
-
-
-def welcome(client: ParameterClient) -> None:
-    client.handle(Received(0, Welcome(0, 9, 1, 1, 5, 5, []), memoryview(b"")))
-
-
-def test_nothing_is_asked_of_a_shard_that_has_not_answered() -> None:
+def test_nothing_is_asked_of_a_shard_that_has_not_answered(client: Client) -> None:
     """Otherwise everything would be sent twice: at once, and again when the answer comes."""
-    client = opened()
-    client.begin_step(5)
-    client.pull(5, 5)
-    client.initialize()
-    assert kinds(client) == ["hello"]
-    welcome(client)
-    assert kinds(client) == ["hello", *["initialize"] * 3, "pull"]
+    client.parameters.pull(5, 5)
+    client.parameters.initialize()
+    assert client.kinds == ["hello"]
+    client.welcome()
+    assert client.kinds == ["hello", *["initialize"] * 3, "pull"]
 
 
-def test_a_shard_that_was_lost_is_asked_again_when_it_answers() -> None:
-    client = opened()
-    client.begin_step(5)
-    welcome(client)
-    client.pull(5, 5)
-    client.handle(Lost(0, "gone", client.links._links[0].life))
-    client.pull(6, 6)
-    assert kinds_after_reconnect(client) == ["hello", "pull", "hello"]
-    welcome(client)
-    assert kinds_after_reconnect(client) == ["hello", "pull", "hello", "pull"]
+def test_a_shard_that_was_lost_is_asked_again_when_it_answers(client: Client) -> None:
+    client.welcome()
+    client.parameters.pull(5, 5)
+    client.stream.lose("gone")
+    client.take()
+    client.parameters.pull(6, 6)
+    links = client.parameters.links
+    eventually(lambda: links.tick() >= 0 and links._links[0].connection, 5.0, "a new connection")
+    assert client.kinds == ["hello", "pull", "hello"]
+    client.welcome()
+    assert client.kinds == ["hello", "pull", "hello", "pull"]
 
 
-def kinds_after_reconnect(client: ParameterClient) -> list[str]:
-    eventually(lambda: client.links.tick() >= 0 and client.links._links[0].connection, 5.0, "a new connection")
-    return kinds(client)
+def test_a_contribution_is_complete_when_its_shards_have_acknowledged_it(client: Client) -> None:
+    client.push(5, 1)
+    assert client.pushed == [(1, 0), (1, 1), (1, 2)]
+    assert client.parameters.completed == []
+    client.acknowledge(5, 0)
+    client.acknowledge(4, 1)
+    assert client.parameters.completed == []
+    client.acknowledge(5, 1)
+    client.acknowledge(5, 1)
+    assert client.parameters.completed == [1]
 
 
-def test_a_contribution_is_complete_when_every_chunk_is_acknowledged() -> None:
-    client = opened()
-    client.begin_step(5)
-    client.push(Contribution(5, 1, 1.0, 0.0, 0))
-    assert client.completed == []
-    acknowledge(client, 5, 1)
-    assert client.completed == [1]
-
-
-def test_what_was_completed_for_a_step_is_never_told_of_the_next() -> None:
+def test_what_was_completed_for_a_step_is_never_told_of_the_next(client: Client) -> None:
     """The acknowledgements of step 5 and the deal of step 6 may be taken together."""
-    client = opened()
-    client.begin_step(5)
-    client.push(Contribution(5, 1, 1.0, 0.0, 0))
-    acknowledge(client, 5, 1)
-    client.begin_step(6)
-    assert client.completed == []
-    acknowledge(client, 5, 1)
-    assert client.completed == []
+    client.push(5, 1)
+    client.acknowledge(5, 1)
+    client.parameters.begin_step(6)
+    assert client.parameters.completed == []
+    client.acknowledge(5, 1)
+    assert client.parameters.completed == []
 
 
-def test_a_gradient_is_held_until_the_first_weights_after_it() -> None:
+def test_a_chunk_is_pushed_once_however_often_it_is_ready(client: Client) -> None:
+    chunks = client.parameters.plan.chunks
+    begun = Contribution(5, 1, 1.0, lambda: (0.0, 0))
+    client.parameters.begin_push(begun)
+    client.parameters.push_chunk(begun, chunks[2])
+    client.parameters.push_chunk(begun, chunks[2])
+    client.parameters.push(begun)
+    client.parameters.push(begun)
+    client.parameters._pusher.settle()
+    assert client.pushed == [(1, 2), (1, 0), (1, 1)]
+
+
+def test_what_a_shard_lost_is_pushed_again_while_the_gradient_is_there(client: Client) -> None:
+    client.push(5, 1)
+    client.welcome(held=[[1, b"\x05"]])
+    client.parameters._pusher.settle()
+    assert client.pushed[3:] == [(1, 1)]
+    client.parameters.forget_gradient()
+    client.welcome(held=[[1, b"\x05"]])
+    assert client.pushed[4:] == []
+    assert client.parameters.recompute == {1}
+    # Only what is missing goes again.
+    client.push(5, 1)
+    assert client.pushed[4:] == [(1, 1)]
+    assert client.parameters.recompute == set()
+    client.acknowledge(5, 1)
+    assert client.parameters.completed == [1]
+
+
+def test_a_chunk_that_is_not_ready_is_not_pushed_again(client: Client) -> None:
+    """The shard lacks it as well; it will come with the rest."""
+    begun = Contribution(5, 1, 1.0, lambda: (0.0, 0))
+    client.parameters.begin_push(begun)
+    client.parameters.push_chunk(begun, client.parameters.plan.chunks[2])
+    client.welcome()
+    client.parameters._pusher.settle()
+    assert client.pushed == [(1, 2), (1, 2)]
+
+
+def test_a_gradient_is_held_until_the_first_weights_after_it(client: Client) -> None:
     """They prove that the step is decided; until then a shard that lost it may ask for it."""
-    client = opened()
-    source: Any = client.source
-    client.begin_step(5)
-    welcome(client)
-    client.push(Contribution(5, 0, 1.0, 0.0, 0))
-    client.pull(6, 6)
-    acknowledge(client, 5, 0)
-    assert source.discarded == 0
-    payload = memoryview(bytes(2 * client.plan.chunks[0].size))
-    client.handle(Received(0, Weights(applied=6, chunk=0, dtype="fp16"), payload))
-    assert source.discarded == 1
-    client.begin_step(6)
-    assert source.discarded == 1
+    client.welcome()
+    client.push(5, 0)
+    client.parameters.pull(6, 6)
+    client.acknowledge(5, 0)
+    assert client.source.discarded == 0
+    client.bring(6, 0)
+    assert client.source.discarded == 1
+    client.parameters.begin_step(6)
+    assert client.source.discarded == 1
+
+
+def test_where_steps_are_eager_a_gradient_is_held_until_the_next_deal() -> None:
+    """Weights prove no decision: other chunks of it may still be on their way, to a shard that may die."""
+    client = Client()
+    client.parameters.pulled.eager = True
+    client.welcome()
+    client.push(5, 0)
+    client.parameters.pull(6, 6)
+    client.bring(6, 0, 1)
+    assert client.source.discarded == 0
+    client.bring(6, 2)
+    assert client.source.discarded == 0
+    client.parameters.begin_step(6)
+    assert client.source.discarded == 1
+    client.parameters.close()
+
+
+def test_a_gradient_that_is_decided_before_all_of_it_is_pushed_is_not_pushed_any_more(client: Client) -> None:
+    """It was dealt twice, and the other worker was faster; what is in its memory now is nobody's gradient."""
+    client.welcome()
+    begun = Contribution(5, 0, 1.0, lambda: (0.0, 0))
+    client.parameters.begin_push(begun)
+    client.parameters.push_chunk(begun, client.parameters.plan.chunks[2])
+    client.parameters._pusher.settle()
+    client.parameters.pull(6, 6)
+    client.bring(6, 0)
+    client.parameters.push(begun)
+    client.parameters._pusher.settle()
+    assert client.pushed == [(0, 2)]
+
+
+def test_weights_wake_the_owner(client: Client) -> None:
+    client.parameters.pull(6, 6)
+    client.welcome()
+    size = client.parameters.plan.chunks[0].size
+    events = []
+    for chunk in range(3):
+        client.stream.say(frame.encode(Weights(6, chunk, "fp16").pack(), bytes(2 * size)))
+        events.append([type(event) for event in client.take()])
+    # The first, by which a forward may begin, and the last.
+    assert events == [[Arrived], [], [Arrived]]
+
+
+def test_a_failure_of_a_streams_thread_is_raised_in_the_owners(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_chunk: Chunk, _payload: np.ndarray) -> None:
+        raise ValueError("no such device")
+
+    monkeypatch.setattr(client.source, "decode", fail)
+    client.parameters.pull(6, 6)
+    with pytest.raises(ValueError, match="no such device"):
+        client.bring(6, 0)
+
+
+def test_a_failure_of_the_pusher_is_raised_in_the_owners_thread(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_chunk: Chunk, _slots: int, _room: np.ndarray) -> bytes:
+        raise ValueError("no such device")
+
+    monkeypatch.setattr(client.source, "encode", fail)
+    client.push(5, 0)
+    event = client.inbox.get(1.0)
+    assert isinstance(event, Failed)
+    with pytest.raises(ValueError, match="no such device"):
+        client.parameters.handle(event)
+
+
+def test_weights_of_a_chunk_that_is_not_the_shards_are_an_error(client: Client) -> None:
+    client.parameters.pull(6, 6)
+    with pytest.raises(MalformedFrame, match="chunk 3, which is not its own"):
+        client.say(Weights(6, 3, "fp16"))
+
+
+def test_a_pull_that_is_gone_is_forgotten_and_no_other(client: Client) -> None:
+    client.welcome()
+    client.parameters.pull(6, 6)
+    client.parameters.pull(7, 7)
+    client.say(Refused("VERSION_GONE", "version 6 is no longer published", 6, -1, -1))
+    assert client.parameters.pulled.comes(7)
+    client.say(Refused("VERSION_GONE", "version 7 is no longer published", 7, -1, -1))
+    assert not client.parameters.pulled.comes(7)
 
 
 class _Full(_Recording):
@@ -182,18 +345,37 @@ def test_a_shard_that_takes_nothing_for_long_is_greeted_anew(monkeypatch: pytest
 
 def test_weights_in_memory_of_an_earlier_greeting_are_asked_for_again() -> None:
     """They were on their way when the worker greeted the shard anew, and name what it no longer maps."""
-    client = ParameterClient(_Recording(), Inbox(), 0, 7, TABLE, _Zeros(), Sharing.AUTO)
-    client.open("run", Fence(1, 1), make_plan(TABLE, 1).digest, ["nowhere:1"], 4, 2, WireDtype.FP16)
-    client.begin_step(5)
-    client.pull(6, 6)
-    late = Weights(applied=6, chunk=0, dtype="fp16", place=64, sequence=2)
-    client.handle(Received(0, late, memoryview(b"")))
-    assert client.model.version == -1
-    asked = kinds(client).count("pull")
-    welcome(client)
-    assert kinds(client).count("pull") == asked + 1
-    size = client.plan.chunks[0].size
-    for chunk in client.plan.chunks:
-        client.handle(Received(0, Weights(applied=6, chunk=chunk.index, dtype="fp16"), memoryview(bytes(2 * size))))
-    assert client.model.version == 6
-    client.close()
+    client = Client(Sharing.AUTO)
+    client.parameters.pull(6, 6)
+    client.say(Placed(6, "fp16", [[0, 64, 0, 2]]))
+    assert client.parameters.model.version == -1
+    asked = client.kinds.count("pull")
+    client.welcome()
+    assert client.kinds.count("pull") == asked + 1
+    client.bring(6, 0, 1, 2)
+    assert client.parameters.model.version == 6
+    client.parameters.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
+def test_a_place_is_not_told_of_before_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shard would refuse it, and nobody would send it again. The pusher runs beside the owner."""
+    client = Client(Sharing.AUTO)
+    places: Any = client.parameters._places[0]
+    chunk = client.parameters.plan.chunks[0]
+    rooms: list[Any] = []
+    send = ShardLinks.send
+
+    def looking(self: ShardLinks, shard: int, encoded: bytes, shared_bytes: int = 0) -> None:
+        if frame.decode(encoded)[0]["kind"] == "attach":
+            rooms.append(places.room(5, 0, chunk))
+        send(self, shard, encoded, shared_bytes)
+
+    monkeypatch.setattr(ShardLinks, "send", looking)
+    segment = Segment.create(1024)
+    nonce = places._gradients.nonce
+    client.say(Welcome(0, 9, 1, 1, 5, 5, [], nonce=nonce, shared=segment.name, shared_bytes=1024))
+    assert "attach" in client.kinds
+    assert rooms == [None]
+    assert places.room(5, 0, chunk) is not None
+    client.parameters.close()

@@ -31,6 +31,9 @@ from workers.config import JobConfig, load_job
         ("betas=[0.9, 1e-1]", "betas", [0.9, 0.1]),
         ("a={b: 1e4}", "a", {"b": 1e4}),
         (" a =1", "a", 1),
+        # YAML 1.1 would make 615 of it.
+        ("trace.steps=10:15", "trace.steps", "10:15"),
+        ("a=1:30.5", "a", "1:30.5"),
     ],
 )
 def test_overrides(text: str, key: str, value: Any) -> None:
@@ -74,6 +77,18 @@ def test_merging_and_nesting() -> None:
         (["data.paths=3"], ["data.paths=3: a list is needed"]),
         (["model=3"], ["model=3: a section is needed, with its keys: name, num_layers, "]),
         (["model="], ["model=null: a section is needed"]),
+        (["trace.steps=10"], ["trace.steps=10: write it as first:end, such as 10:15 for the steps 10 to 14"]),
+        (["trace.steps=10:"], ["trace.steps: write it as first:end, such as 10:15"]),
+        (["trace.steps=-1:2"], ["trace.steps=-1:2: write it as first:end"]),
+        (["trace.steps=10-15"], ["trace.steps=10-15: write it as first:end"]),
+        (["trace.steps=[10,15]"], ["trace.steps=[10, 15]: write it as first:end"]),
+        (["trace.steps=7:7"], ["trace.steps=7:7: these are no steps", "write 7:8 for step 7"]),
+        (["trace.steps=7:3"], ["trace.steps=7:3: these are no steps"]),
+        (
+            ["trace.steps=9:12", "training.steps=9"],
+            ["trace.steps=9:12: the run has the steps 0 to 8 (training.steps=9)"],
+        ),
+        (["trace.step=1:2"], ["trace.step is not a key; did you mean trace.steps?"]),
         (["zork=1"], ["zork is not a key; did you mean worker? (a job has: run_dir"]),
         (["precision.loss_scale=3"], ["precision.loss_scale=3: a section is needed, with its keys: static, "]),
         (["optimizer.name=adamv"], ["optimizer.name=adamv", "'adamw', 'adam' or 'sgd'; did you mean adamw?"]),
@@ -233,3 +248,21 @@ def test_more_shards_than_the_model_has_chunks_is_refused_before_anything_starts
     assert load_job(None, [*small, "cluster.shards=2"]).model.flat_size(300) == 126_016
     with pytest.raises(ConfigError, match=r"cluster\.shards=3: this model makes only 2 chunks"):
         load_job(None, [*small, "cluster.shards=3"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps"), [("10:15", range(10, 15)), ("0:1", range(1)), (None, range(0)), ("", range(0))]
+)
+def test_steps_are_written_as_a_slice(asked: Any, steps: range) -> None:
+    assert validate(RunConfig, {"trace": {"steps": asked}}).traced_steps == steps
+
+
+@pytest.mark.parametrize(("stop_at", "last"), [(None, 11), (11, 10), (10, None), (3, None)])
+def test_there_are_no_steps_behind_the_end(stop_at: int | None, last: int | None) -> None:
+    job = validate(RunConfig, {"trace": {"steps": "10:15"}, "training": {"steps": 12, "stop_at": stop_at}})
+    assert list(job.traced_steps)[-1:] == ([] if last is None else [last])
+
+
+def test_steps_in_a_job_file_need_no_quotes(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("trace: {steps: 10:15}\n")
+    assert load_job(tmp_path / "job.yaml", []).trace.range == range(10, 15)

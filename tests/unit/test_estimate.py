@@ -88,7 +88,12 @@ def test_a_checkpoint_is_so_large(tmp_path: Path) -> None:
 
 
 def test_a_shard_holds_what_the_architecture_says() -> None:
-    job = a_job("cluster.shards=3", "batch.micro_batches_per_step=16", "batch.contributions_per_step=2")
+    job = a_job(
+        "cluster.shards=3",
+        "batch.micro_batches_per_step=16",
+        "batch.contributions_per_step=2",
+        "launch.transport=grpc",
+    )
     found = estimate(job)
     plan = make_plan(shapes.parameter_table(job.model, 4096, False), 3)
     assert sum(found.shard_elements) == plan.size
@@ -103,10 +108,24 @@ def test_a_shard_holds_what_the_architecture_says() -> None:
 
 @pytest.mark.parametrize(("contributions", "num_bytes"), [(1, 0), (2, 2), (4, 6), (5, 14), (16, 14)])
 def test_contributions_that_wait_are_bounded(contributions: int, num_bytes: int) -> None:
-    job = a_job("batch.micro_batches_per_step=16", f"batch.contributions_per_step={contributions}")
+    sizes = ("batch.micro_batches_per_step=16", f"batch.contributions_per_step={contributions}")
+    job = a_job(*sizes, "launch.transport=grpc")
     shard = estimate(job).shards[0]
     waiting = next(part.num_bytes for part in shard.parts if part.name == "contributions that wait for others")
     assert waiting == num_bytes * estimate(job).shard_elements[0]
+
+
+def test_what_is_shared_counts_in_each_process_and_once_on_the_host() -> None:
+    sizes = ("batch.micro_batches_per_step=16", "batch.contributions_per_step=2", "cluster.workers=2")
+    framed, shared = estimate(a_job(*sizes, "launch.transport=grpc")), estimate(a_job(*sizes))
+    size = sum(shared.shard_elements)
+    # A place for one contribution, and the published weights.
+    assert shared.worker.num_bytes - framed.worker.num_bytes == 4 * size
+    parts = [part for shard in shared.shards for part in shard.parts]
+    places = sum(part.num_bytes for part in parts if part.name == "shared with workers")
+    assert places == 2 * 2 * size
+    roles = (shared.coordinator, *shared.shards, shared.worker, shared.worker)
+    assert sum(role.num_bytes for role in roles) - shared.host_bytes == 2 * 4 * size
 
 
 def test_sgd_and_another_wire_take_other_memory() -> None:
@@ -135,7 +154,7 @@ def test_on_a_gpu_the_weights_are_there_and_not_in_the_hosts_memory() -> None:
     assert found.device is not None
     parts = {part.name: part.num_bytes / sum(found.shard_elements) for part in found.device.parts}
     assert (parts["weights"], parts["gradients"]) == (2, 4)
-    assert {part.name for part in found.worker.parts} == {"process", "staging"}
+    assert {part.name for part in found.worker.parts} == {"process", "staging", "shared with shards"}
     half = estimate(a_job("worker.device=cuda", "precision.accumulate=fp16")).device
     assert half is not None
     assert half.parts[1].num_bytes == 2 * sum(found.shard_elements)

@@ -55,13 +55,24 @@ def send(stream: Exchange, header: Header, payload: memoryview | bytes = b"") ->
     return answer
 
 
+def push(stream: Exchange, header: Header, payload: memoryview | bytes = b"") -> list[Header]:
+    """Send a chunk of a gradient; it is answered if it is refused, or if its contribution is whole."""
+    stream.receive(encode_frame(header, payload))
+    return [answer for answer, _ in drain(stream)]
+
+
+def pushed(outcome: str) -> float:
+    """How many chunks were `held`, or were a `duplicate`, in all tests until now."""
+    return metrics.PUSHED_FRAMES.labels(outcome)._value.get()
+
+
 def refusal(answer: Header) -> str:
     assert isinstance(answer, Refused), answer
     return answer.code
 
 
 def test_hello_is_answered_with_what_is_held(shard: Rig, stream: Exchange) -> None:
-    send(stream, *shard.push(1, shard.chunks[1]))
+    assert push(stream, *shard.push(1, shard.chunks[1])) == []
     answer = send(stream, shard.hello())
     assert answer == Welcome(0, INCARNATION, 1, 1, 1, 1, [[1, b"\x02"]])
     assert refusal(send(stream, shard.hello(plan="of somebody else"))) == "MALFORMED_FRAME"
@@ -171,8 +182,9 @@ def test_before_initial_values_and_while_loading(tmp_path: Path) -> None:
         assert refusal(send(stream, header, flipped(payload))) == "WRONG_HASH"
         assert refusal(send(stream, replace(header, chunk=2), payload)) == "UNKNOWN_CHUNK"
         assert refusal(send(stream, replace(header, run="else"), payload)) == "STALE_FENCE"
-        for index, again in ((1, False), (1, True), (0, False), (0, True)):
-            assert send(stream, *shard.initial(shard.chunks[index])) == Ack(0, -1, index, again)
+        for index in (1, 1, 0, 0):
+            assert send(stream, *shard.initial(shard.chunks[index])) == Ack(0, -1, index)
+            assert shard.engine.initialize(*shard.initial(shard.chunks[index])), "it is there already"
         assert shard.told.initialized.get(timeout=TIMEOUT_S) == shard.fence
         assert shard.run_step().step == 0
 
@@ -194,8 +206,7 @@ def test_a_payload_at_an_odd_place_is_as_good_as_any(shard: Rig, stream: Exchang
                 header, payload = shard.push(contribution, chunk)
                 packed = msgpack.packb({**header.pack(), "_": bytes(pad)})
                 stream.receive(Frame(header=packed, payload=bytes(payload)).SerializeToString())
-                ((answer, _),) = drain(stream)
-                assert isinstance(answer, Ack), answer
+            assert [answer for answer, _ in drain(stream)] == [Ack(header.step, contribution, -1)]
         report = shard.told.next_prepared()
         for chunk in shard.chunks:
             np.testing.assert_array_equal(shard.engine.store.mean(chunk), shard.expected_mean(chunk))
@@ -206,9 +217,10 @@ def test_every_report_can_travel(shard: Rig, stream: Exchange) -> None:
     """The largest numbers that a push may carry are ones that the messages to the coordinator can hold."""
     for contribution in range(2):
         for chunk in shard.chunks:
-            push = shard.push(contribution, chunk, tokens=2**48, rank=-1, incarnation=2**63 - 1, loss_sum=np.inf)
-            header, payload = replace(push[0], loss_sum=float("inf")), push[1]
-            assert isinstance(send(stream, header, payload), Ack)
+            header, payload = shard.push(contribution, chunk, tokens=2**48, rank=-1, incarnation=2**63 - 1)
+            answers = push(stream, replace(header, loss_sum=float("inf")), payload)
+            assert all(isinstance(answer, Ack) for answer in answers)
+        assert answers == [Ack(1, contribution, -1)]
     report = shard.told.next_prepared()
     to_proto(report)
     to_proto(shard.decision(report))
@@ -217,14 +229,31 @@ def test_every_report_can_travel(shard: Rig, stream: Exchange) -> None:
 # -- The same key again -------------------------------------------------------------------------
 
 
-def test_the_same_key_again_is_acknowledged_and_ignored(shard: Rig, stream: Exchange) -> None:
-    chunk = shard.chunks[1]
-    push = shard.push(1, chunk)
-    assert send(stream, *push) == Ack(1, 1, 1, duplicate=False)
-    assert send(stream, *push) == Ack(1, 1, 1, duplicate=True)
+def test_a_contribution_is_acknowledged_once_all_of_it_is_held(shard: Rig, stream: Exchange) -> None:
+    """Whoever brought the rest of it: what the worker has to know is that nothing is missing."""
+    first, second = shard.chunks
+    assert push(stream, *shard.push(1, second)) == []
+    assert push(stream, *shard.push(0, second)) == []
     other = Exchange(shard.engine, INCARNATION)
-    answer = send(other, *shard.push(1, chunk, rank=5, incarnation=6))
-    assert answer == Ack(1, 1, 1, duplicate=True)
+    assert push(other, *shard.push(1, first, rank=5, incarnation=6)) == [Ack(1, 1, -1)]
+    assert drain(stream) == [], "the other worker has its own stream"
+    assert push(stream, *shard.push(0, first)) == [Ack(1, 0, -1)]
+
+
+def test_the_same_key_again_is_ignored_and_acknowledged_when_all_is_there(shard: Rig, stream: Exchange) -> None:
+    """A worker that sends again what is there must hear that it is, or it would wait for ever."""
+    first, second = shard.chunks
+    held, again = pushed("held"), pushed("duplicate")
+    assert push(stream, *shard.push(1, second)) == []
+    assert push(stream, *shard.push(1, second)) == []
+    assert (pushed("held"), pushed("duplicate")) == (held + 1, again + 1)
+    other = Exchange(shard.engine, INCARNATION)
+    assert push(other, *shard.push(1, second, rank=5, incarnation=6)) == []
+    assert push(other, *shard.push(1, first, rank=5, incarnation=6)) == [Ack(1, 1, -1)]
+    for chunk in shard.chunks:
+        assert push(stream, *shard.push(1, chunk)) == [Ack(1, 1, -1)]
+    assert (pushed("held"), pushed("duplicate")) == (held + 2, again + 4)
+    assert shard.engine.protocol.held() == [(1, [0, 1])]
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -234,13 +263,14 @@ def test_the_same_key_with_other_bits(tmp_path: Path, strict: bool) -> None:
         stream = Exchange(shard.engine, INCARNATION)
         chunk = shard.chunks[0]
         first, other = shard.push(0, chunk), shard.push(0, chunk, shard.gradient(9, 9, chunk))
-        assert send(stream, *first) == Ack(0, 0, 0, duplicate=False)
-        conflicts = conflict_count()
+        assert push(stream, *first) == []
+        conflicts, again = conflict_count(), pushed("duplicate")
         if strict:
             assert refusal(send(stream, *other)) == "CONFLICTING_CONTRIBUTION"
-            assert send(stream, *first) == Ack(0, 0, 0, duplicate=True)
+            assert push(stream, *first) == []
         else:
-            assert send(stream, *other) == Ack(0, 0, 0, duplicate=True)
+            assert push(stream, *other) == []
+        assert pushed("duplicate") == again + 1
         assert conflict_count() == conflicts + 1
         shard.push_step()
         np.testing.assert_array_equal(shard.engine.store.mean(chunk), shard.expected_mean(chunk))
@@ -325,11 +355,12 @@ def test_hello_ends_a_pull_of_before(shard: Rig, stream: Exchange) -> None:
 
 def test_a_closed_stream_ends_its_replies_and_keeps_what_came(shard: Rig, stream: Exchange) -> None:
     reader = Reader(stream)
-    send_one = shard.push(0, shard.chunks[0])
-    stream.receive(encode_frame(*send_one))
-    assert reader.next()[0] == Ack(1, 0, 0, duplicate=False)
+    for chunk in shard.chunks:
+        stream.receive(encode_frame(*shard.push(0, chunk)))
+    stream.receive(encode_frame(*shard.push(1, shard.chunks[0])))
+    assert reader.next()[0] == Ack(1, 0, -1)
     reader.close()
-    assert shard.engine.protocol.held() == [(0, [0])]
+    assert shard.engine.protocol.held() == [(0, [0, 1]), (1, [0])]
 
 
 @pytest.mark.parametrize("threads", [1, 2])

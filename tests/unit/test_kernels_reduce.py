@@ -145,7 +145,7 @@ def test_readonly_payloads_at_an_offset_need_no_second_compilation():
     mean, _ = reduced(views, [1, 1], None, 1, WireDtype.FP16)
     np.testing.assert_array_equal(mean, np.float32(3))
     reduced(views[::-1], [1, 1], np.zeros(512), 1, WireDtype.FP16)
-    assert len({s[3].dtype for s in module._reduce.signatures}) == len(module._reduce.signatures)
+    assert len({s[2].dtype for s in module._reduce.signatures}) == len(module._reduce.signatures)
 
 
 def test_nothing_to_reduce_is_an_error():

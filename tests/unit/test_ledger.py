@@ -1,11 +1,11 @@
-"""What a worker has contributed, and which version is on its way to it."""
+"""What a worker has contributed, and what the shards hold of it."""
 
 from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ps.client.ledger import Ledger, Pulling
+from ps.client.ledger import Ledger
 from ps.sharding import make_plan
 from tests.support.plans import table_of_chunks
 
@@ -14,27 +14,35 @@ PLAN = make_plan(table_of_chunks(5), 2)
 CHUNKS = range(5)
 
 
-def test_a_contribution_is_complete_with_its_last_chunk() -> None:
+def test_a_contribution_is_complete_with_its_last_shard() -> None:
     ledger = Ledger(PLAN)
     ledger.begin(3)
     assert not ledger.complete(1)
     ledger.computed(1)
-    assert [ledger.acknowledged(3, 1, chunk) for chunk in CHUNKS] == [False] * 4 + [True]
+    assert [ledger.acknowledged(3, 1, shard) for shard in (1, 0)] == [False, True]
     assert ledger.complete(1)
     # Again, or of what was never computed: nothing new.
-    assert not ledger.acknowledged(3, 1, 4)
-    assert not ledger.acknowledged(3, 0, 4)
+    assert not ledger.acknowledged(3, 1, 0)
+    assert not ledger.acknowledged(3, 0, 0)
     assert not ledger.complete(0)
+
+
+def test_one_shard_cannot_speak_for_another() -> None:
+    ledger = Ledger(PLAN)
+    ledger.begin(3)
+    ledger.computed(0)
+    for _ in range(2):
+        assert not ledger.acknowledged(3, 0, 1)
+    assert ledger.unacknowledged == {0: {0, 2, 4}}
 
 
 def test_acknowledgements_of_another_step_do_not_count() -> None:
     ledger = Ledger(PLAN)
     ledger.begin(3)
     ledger.computed(0)
-    for chunk in CHUNKS:
-        assert not ledger.acknowledged(2, 0, chunk)
-        assert not ledger.acknowledged(4, 0, chunk)
-    assert not ledger.acknowledged(3, 0, 99)
+    for shard in range(2):
+        assert not ledger.acknowledged(2, 0, shard)
+        assert not ledger.acknowledged(4, 0, shard)
     assert ledger.unacknowledged == {0: set(CHUNKS)}
 
 
@@ -52,8 +60,8 @@ def test_after_a_reconnect_the_shard_says_what_it_holds() -> None:
     ledger.begin(3)
     ledger.computed(0)
     ledger.computed(1)
-    for chunk in CHUNKS:
-        ledger.acknowledged(3, 0, chunk)
+    for shard in range(2):
+        ledger.acknowledged(3, 0, shard)
     # Shard 0 came back in a new life, or lost the open step: it holds chunk 2 of contribution 1 only.
     assert ledger.missing_at(0, {1: {2}}) == {0: [0, 2, 4], 1: [0, 4]}
     assert not ledger.complete(0)
@@ -75,64 +83,13 @@ def test_the_ledger_believes_the_shards(events: list[tuple[bool, int, set[int]]]
     ledger.computed(0)
     truth: set[int] = set()
     for is_ack, shard, chunks in events:
+        owned = {chunk.index for chunk in PLAN.chunks_of(shard)}
         if is_ack:
-            for chunk in chunks:
-                ledger.acknowledged(0, 0, chunk)
-            truth |= chunks
+            ledger.acknowledged(0, 0, shard)
+            truth |= owned
         else:
-            owned = {chunk.index for chunk in PLAN.chunks_of(shard)}
             truth = (truth - owned) | (owned & chunks)
             lacking = ledger.missing_at(shard, {0: chunks})
             assert lacking.get(0, []) == sorted(owned - chunks)
         assert ledger.unacknowledged[0] == set(CHUNKS) - truth
         assert ledger.complete(0) == (truth == set(CHUNKS))
-
-
-def make_pulling(held: int = 5) -> Pulling:
-    return Pulling(PLAN, version=7, held=held, applied=6)
-
-
-def test_a_pull_is_complete_when_all_chunks_are_there() -> None:
-    pulling = make_pulling()
-    assert not pulling.torn
-    for chunk in PLAN.chunks:
-        assert not pulling.complete
-        assert pulling.chunk(chunk.shard, chunk.index, 6)
-        assert pulling.torn == (chunk.index < 4)
-    assert pulling.complete
-
-
-def test_nothing_has_come_until_a_chunk_or_an_answer_has() -> None:
-    pulling = make_pulling()
-    assert not pulling.chunk(0, 0, 5)
-    assert pulling.untouched
-    assert pulling.chunk(0, 0, 6)
-    assert not pulling.untouched
-    skipped = make_pulling()
-    assert skipped.same(1, 5)
-    assert not skipped.untouched
-
-
-def test_chunks_of_another_version_do_not_count() -> None:
-    pulling = make_pulling()
-    assert not pulling.chunk(0, 0, 5)
-    assert not pulling.chunk(0, 0, 7)
-    assert not pulling.started
-    assert pulling.remaining[0] == {0, 2, 4}
-
-
-def test_after_a_skip_every_shard_says_that_nothing_changed() -> None:
-    pulling = make_pulling()
-    assert pulling.same(0, 5)
-    assert not pulling.complete
-    assert pulling.same(1, 5)
-    assert pulling.complete
-    assert not pulling.started
-
-
-def test_one_shard_cannot_say_same_when_another_sent_new_weights() -> None:
-    pulling = make_pulling()
-    assert not pulling.same(0, 4)
-    assert pulling.chunk(1, 1, 6)
-    assert not pulling.same(0, 5)
-    assert not pulling.complete

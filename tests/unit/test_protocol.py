@@ -115,6 +115,19 @@ def test_what_is_held_and_missing() -> None:
     assert not protocol.all_reduced
 
 
+def test_a_job_that_ends_after_its_step_is_forgotten_counts_for_nothing() -> None:
+    protocol = make_protocol()
+    first = PLAN.chunks_of(0)[0]
+    for contribution in range(2):
+        job = push(protocol, contribution, first).job
+    assert job is not None
+    late = protocol.reduction(first.index)
+    protocol.close()
+    assert not protocol.is_current(job, late)
+    late.done(job)
+    assert protocol.chunks_reduced == 0
+
+
 def test_a_whole_step() -> None:
     protocol = make_protocol()
     reduce_all(protocol)

@@ -93,13 +93,13 @@ def test_the_last_words_of_a_stream_to_an_old_address_do_not_end_the_new_one() -
     _, say, _ = transport.opened[0]
     links.open("run", "plan", Fence(1, 2), ["new:1"])
     assert transport.closed == ["old:1"]
-    say(frame.encode(Ack(0, 0, 0, False).pack()))
+    say(frame.encode(Ack(0, 0, -1).pack()))
     assert inbox.get(0.0) is None
     links.lost(Lost(0, "too late", 1))
     assert transport.closed == ["old:1"]
     assert links.tick() > 0.5, "nothing is to be opened again"
     # The new stream's words are heard.
-    transport.opened[1][1](frame.encode(Ack(0, 0, 0, False).pack()))
+    transport.opened[1][1](frame.encode(Ack(0, 0, -1).pack()))
     event = inbox.get(0.0)
     assert isinstance(event, Received)
     assert [address for address, _, _ in transport.opened] == ["old:1", "new:1"]

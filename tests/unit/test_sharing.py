@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ps.client.shared import SharedPlaces
+from ps.client.shared import Published, SharedPlaces
 from ps.errors import SharedMemoryError
+from ps.shard import exchange
 from ps.shard.exchange import Exchange
 from ps.sharding import Chunk
 from ps.wire import shared_memory
-from ps.wire.messages import Ack, Attach, Push, Refused, Weights, Welcome
+from ps.wire.messages import Ack, Attach, Placed, Push, PushPlaced, Refused, Weights, Welcome
 from tests.support.shards import Rig, drain, encode_frame, make_config, rig
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
@@ -49,24 +50,41 @@ class Worker:
         nonce = self.places.welcomed(self.greet())
         assert nonce
         assert self.send(Attach(**self.shard.who(), nonce=nonce)) == []
+        self.places.begin()
 
-    def push(self, contribution: int, chunk: Chunk, **changes: Any) -> Any:
-        """Write a chunk into its place and tell the shard."""
-        header, payload = self.shard.push(contribution, chunk)
-        room = self.places.room(header.step, contribution, chunk)
-        assert room is not None
-        place, array = room
-        array[:] = np.frombuffer(payload, array.dtype)
-        (answer,) = self.send(
-            replace(
-                header, **{"place": place, "place_bytes": array.nbytes, "greeting": self.places.greeting, **changes}
-            )
-        )
-        return answer
+    def write(self, contribution: int, *chunks: Chunk, **changes: Any) -> PushPlaced:
+        """Write chunks into their places; returns what tells the shard of them, with some fields changed."""
+        rows = []
+        for chunk in chunks:
+            header, payload = self.shard.push(contribution, chunk)
+            room = self.places.room(header.step, contribution, chunk)
+            assert room is not None
+            place, array = room
+            array[:] = np.frombuffer(payload, array.dtype)
+            rows.append([chunk.index, place, header.hash, header.present])
+        return placed(header, rows, **{"greeting": self.places.greeting, **changes})
 
-    def pull(self) -> list[tuple[Weights, memoryview]]:
+    def push(self, contribution: int, *chunks: Chunk, **changes: Any) -> list[Any]:
+        """Write chunks into their places and tell the shard; returns its answers."""
+        return self.send(self.write(contribution, *chunks, **changes))
+
+    def pull(self) -> list[tuple[Weights | Placed, memoryview]]:
         self.stream.receive(encode_frame(self.shard.pull(self.shard.state.version)))
-        return [(header, payload) for header, payload in drain(self.stream) if isinstance(header, Weights)]
+        return [(header, payload) for header, payload in drain(self.stream) if isinstance(header, Weights | Placed)]
+
+    def pull_placed(self) -> dict[int, list[int]]:
+        """Pull; returns where each chunk is."""
+        ((header, payload),) = self.pull()
+        assert isinstance(header, Placed)
+        assert not payload
+        assert (header.applied, header.dtype) == (self.shard.state.applied, str(self.shard.dtype))
+        return {chunk: where for chunk, *where in header.chunks}
+
+
+def placed(header: Push, rows: list[list[Any]], **changes: Any) -> PushPlaced:
+    """What tells of places of a contribution, of which a push of any chunk is given."""
+    fields = {name: value for name, value in vars(header).items() if name not in ("chunk", "hash", "present")}
+    return PushPlaced(**{"greeting": 1, **fields, "chunks": rows, **changes})
 
 
 @pytest.fixture
@@ -85,17 +103,18 @@ def worker(shard: Rig) -> Iterator[Worker]:
     made.stream.close()
 
 
-def read(worker: Worker, header: Weights) -> np.ndarray:
-    chunk = worker.shard.engine.plan.chunks[header.chunk]
-    dtype = worker.shard.dtype
-    return np.frombuffer(worker.places.payload(header, chunk.size * dtype.itemsize), dtype.numpy)
+def published(worker: Worker, chunk: int, where: list[int]) -> Published:
+    found = worker.places.published(worker.shard.engine.plan.chunks[chunk], *where)
+    assert found is not None
+    return found
 
 
 def test_gradients_are_reduced_from_where_the_worker_wrote_them(shard: Rig, worker: Worker) -> None:
     plain = [shard.expected_mean(chunk) for chunk in shard.chunks]
-    for contribution in range(2):
-        for chunk in shard.chunks:
-            assert worker.push(contribution, chunk) == Ack(1, contribution, chunk.index, False)
+    first, second = shard.chunks
+    assert worker.push(0, first, second) == [Ack(1, 0, -1)], "of several places that were told of together"
+    assert worker.push(1, second) == []
+    assert worker.push(1, first) == [Ack(1, 1, -1)]
     shard.told.next_prepared()
     for chunk, mean in zip(shard.chunks, plain, strict=True):
         np.testing.assert_array_equal(shard.engine.store.mean(chunk), mean)
@@ -115,33 +134,41 @@ def test_what_is_held_is_a_view_of_the_workers_memory(shard: Rig, worker: Worker
 
 def test_published_weights_are_read_where_the_shard_writes_them(shard: Rig, worker: Worker) -> None:
     first = worker.pull()
-    assert all(header.place == -1 for header, _ in first), "they were published before anybody shared"
+    assert all(isinstance(header, Weights) for header, _ in first), "they were published before anybody shared"
     shard.run_step()
-    second = worker.pull()
-    assert [header.chunk for header, _ in second] == [chunk.index for chunk in shard.chunks]
+    second = worker.pull_placed()
+    assert list(second) == [chunk.index for chunk in shard.chunks]
     frames = Exchange(shard.engine, 2)
     frames.receive(encode_frame(shard.pull(shard.state.version)))
-    for (header, payload), (plain, expected) in zip(second, drain(frames), strict=True):
+    for (chunk, where), (plain, expected) in zip(second.items(), drain(frames), strict=True):
         assert isinstance(plain, Weights)
-        assert plain.place == -1
-        assert header.place >= 0
-        assert not payload
-        assert read(worker, header).tobytes() == bytes(expected)
-        assert worker.places.intact(header)
+        assert plain.chunk == chunk
+        found = published(worker, chunk, where)
+        assert found.weights.tobytes() == bytes(expected)
+        assert found.intact
+
+
+def test_chunks_are_told_of_as_they_are_published(shard: Rig, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame holds so many places; what is not published yet comes in the next."""
+    shard.run_step()
+    monkeypatch.setattr(exchange, "MAX_PLACES", 1)
+    told = [header.chunks for header, _ in worker.pull() if isinstance(header, Placed)]
+    assert [[chunk for chunk, *_ in chunks] for chunks in told] == [[0], [1]]
 
 
 def test_weights_that_are_written_while_they_are_read_are_noticed(shard: Rig, worker: Worker) -> None:
     shard.run_step()
-    (header, _), *_ = worker.pull()
-    assert worker.places.intact(header)
+    where = worker.pull_placed()[0]
+    assert published(worker, 0, where).intact
     shard.run_step()
-    assert not worker.places.intact(header)
-    chunk = shard.chunks[0]
-    draft = shard.engine.store.publication.draft(chunk, 9)
-    half = replace(header, sequence=int(shard.engine.store.publication._sequences[0]))
-    assert half.sequence % 2 == 1, "odd while it is written"
-    shard.engine.store.publication.publish(chunk, draft, 9)
-    assert not worker.places.intact(half)
+    assert not published(worker, 0, where).intact
+    publication, chunk = shard.engine.store.publication, shard.chunks[0]
+    draft = publication.draft(chunk, 9)
+    place, slot, _ = where
+    half = [place, slot, int(publication._sequences[slot])]
+    assert half[-1] % 2 == 1, "odd while it is written"
+    publication.publish(draft, 9)
+    assert not published(worker, 0, half).intact
 
 
 def test_frames_are_not_made_of_a_chunk_that_is_being_written(shard: Rig, worker: Worker) -> None:
@@ -150,7 +177,8 @@ def test_frames_are_not_made_of_a_chunk_that_is_being_written(shard: Rig, worker
     stream = Exchange(shard.engine, 2)
     shard.engine.store.retract(shard.chunks[0])
     stream.receive(encode_frame(shard.pull(shard.state.version)))
-    assert drain(stream) == []
+    headers = [header for header, _ in drain(stream)]
+    assert [header.chunk for header in headers if isinstance(header, Weights)] == [1]
 
 
 def test_a_place_is_written_once_per_step(shard: Rig, worker: Worker) -> None:
@@ -191,42 +219,46 @@ def test_the_answer_to_an_earlier_greeting_changes_nothing(shard: Rig, worker: W
     nonce = late.welcomed(second)
     assert nonce
     assert worker.send(Attach(**shard.who(), nonce=nonce)) == []
+    late.begin()
+    assert late.ready
     worker.push(0, shard.chunks[0])
     early.close()
 
 
-BAD_PLACES: dict[str, dict[str, Any]] = {
-    "behind the end": {"place": 1 << 40},
-    "partly behind the end": {"place_bytes": 1 << 40},
-    "not aligned": {"place": 2},
-}
-
-
-@pytest.mark.parametrize("changes", BAD_PLACES.values(), ids=BAD_PLACES)
-def test_a_place_that_is_none_is_refused(shard: Rig, worker: Worker, changes: dict[str, Any]) -> None:
-    answer = worker.push(0, shard.chunks[0], **changes)
+@pytest.mark.parametrize("place", [1 << 40, 64 * 1000, 2], ids=["behind the end", "partly", "not aligned"])
+def test_a_place_that_is_none_is_refused(shard: Rig, worker: Worker, place: int) -> None:
+    if place == 64 * 1000:
+        gradients = worker.places._gradients
+        assert gradients is not None
+        place = gradients.size - 64
+    told = worker.write(0, shard.chunks[0])
+    told.chunks[0][1] = place
+    (answer,) = worker.send(told)
     assert isinstance(answer, Refused)
     assert answer.code == "MALFORMED_FRAME"
     assert shard.engine.protocol.held() == []
 
 
-def test_a_place_of_a_wrong_length_is_refused(shard: Rig, worker: Worker) -> None:
-    answer = worker.push(0, shard.chunks[0], place_bytes=64)
-    assert isinstance(answer, Refused)
-    assert answer.code == "WRONG_LENGTH"
+def test_of_several_places_those_before_a_wrong_one_are_held(shard: Rig, worker: Worker) -> None:
+    """And the worker hears of the wrong one."""
+    told = worker.write(0, *shard.chunks)
+    told.chunks[1][0] = 99
+    (answer,) = worker.send(told)
+    assert (answer.code, answer.contribution) == ("UNKNOWN_CHUNK", 0)
+    assert shard.engine.protocol.held() == [(0, [0])]
 
 
 def test_only_who_can_read_the_nonce_may_use_places(shard: Rig) -> None:
     worker = Worker(shard)
     header, _ = shard.push(0, shard.chunks[0])
-    placed = replace(header, place=0, place_bytes=64, greeting=1)
-    (refused,) = worker.send(placed)
+    told = placed(header, [[0, 0, header.hash, header.present]])
+    (refused,) = worker.send(told)
     assert refused.code == "STALE_PLACE"
     welcome = worker.greet()
     assert welcome.nonce
     (refused,) = worker.send(Attach(**shard.who(), nonce=bytes(16)))
     assert refused.code == "MALFORMED_FRAME"
-    (refused,) = worker.send(placed)
+    (refused,) = worker.send(told)
     assert refused.code == "STALE_PLACE"
     worker.places.close()
     worker.stream.close()
@@ -244,7 +276,7 @@ def test_without_room_there_are_frames(shard: Rig, monkeypatch: pytest.MonkeyPat
     with pytest.raises(SharedMemoryError, match="has not attached"):
         worker.places.welcomed(welcome)
     assert worker.places.room(1, 0, shard.chunks[0]) is None
-    assert worker.send(*shard.push(0, shard.chunks[0])) == [Ack(1, 0, 0, False)]
+    assert [worker.send(*shard.push(0, chunk)) for chunk in shard.chunks] == [[], [Ack(1, 0, -1)]]
     assert isinstance(worker.pull()[0][0], Weights)
 
 
@@ -253,22 +285,21 @@ def test_a_worker_that_runs_out_of_room_goes_on_with_frames(
 ) -> None:
     fill_memory(monkeypatch)
     assert worker.places.room(1, 0, shard.chunks[0]) is None
-    assert worker.send(*shard.push(0, shard.chunks[0])) == [Ack(1, 0, 0, False)]
+    assert [worker.send(*shard.push(0, chunk)) for chunk in shard.chunks] == [[], [Ack(1, 0, -1)]]
 
 
 def test_a_push_keeps_its_place_out_of_the_key(shard: Rig, worker: Worker) -> None:
     """The same chunk again, as a frame: a duplicate, whatever way it came."""
-    worker.push(0, shard.chunks[0])
-    header, payload = shard.push(0, shard.chunks[0])
-    assert isinstance(header, Push)
-    assert worker.send(header, payload) == [Ack(1, 0, 0, True)]
+    worker.push(0, *shard.chunks)
+    assert [worker.send(*shard.push(0, chunk)) for chunk in shard.chunks] == [[Ack(1, 0, -1)]] * 2
+    assert shard.engine.protocol.held() == [(0, [0, 1])]
 
 
 def test_a_place_of_an_earlier_greeting_is_not_one_of_this(shard: Rig, worker: Worker) -> None:
     """A frame that was late would name memory that holds something else now."""
     worker.places = worker.make_places()
     worker.begin()
-    refused = worker.push(0, shard.chunks[0], greeting=1)
+    (refused,) = worker.push(0, shard.chunks[0], greeting=1)
     assert isinstance(refused, Refused)
     assert refused.code == "STALE_PLACE"
     assert shard.engine.protocol.held() == []

@@ -73,6 +73,7 @@ def print_result(folder: RunFolder, job: JobConfig, seconds: float) -> None:
         ("checkpoint", checkpoint or "none"),
         ("metrics", folder.metrics),
         ("logs", folder.logs),
+        *([("trace", folder.trace)] if job.trace.steps and folder.trace.exists() else []),
     ):
         print(f"{what:<11} {where}")
     print(f"{'go on':<11} windlass resume {folder.path}{_how_to_go_on(job, version)}")

@@ -22,7 +22,9 @@ from ps.config import from_json
 from ps.kernels.compile import warm_up_worker
 from ps.sharding import make_plan
 from ps.telemetry import logs
+from ps.telemetry.courier import Courier
 from ps.telemetry.exporter import identify, serve_metrics
+from ps.telemetry.trace import Recorder
 from ps.types import Role
 from ps.wire.health import Health, enable_reflection
 from ps.wire.options import bind, make_server, reachable
@@ -53,6 +55,7 @@ class Joined:
     worker: Worker
     session: Session
     client: ParameterClient
+    courier: Courier
 
     def run(self) -> str:
         """Work until the end; returns why it ended.
@@ -61,10 +64,12 @@ class Joined:
             PsError: why it could not go on.
         """
         self.session.start()
+        self.courier.start()
         try:
             return self.worker.run()
         finally:
             self.client.close()
+            self.courier.close()
             self.session.close()
 
 
@@ -152,12 +157,13 @@ def join(
     identify(job.run_name, Role.WORKER, int(response.rank))
     session.doing("loading the data and the model")
     data = prepare(job.data)
+    trace = Recorder(job.traced_steps)
     worker, client, message = _build(
-        job, data, session, inbox, transport, device_name or job.worker.device, incarnation
+        job, data, session, inbox, transport, device_name or job.worker.device, incarnation, trace
     )
     model_message.append(message)
     session.doing("waiting for the shards")
-    return Joined(worker, session, client)
+    return Joined(worker, session, client, Courier(session, trace))
 
 
 def _build(
@@ -168,6 +174,7 @@ def _build(
     transport: Transport,
     device_name: str,
     incarnation: int,
+    trace: Recorder,
 ) -> tuple[Worker, ParameterClient, pb.Model]:
     chosen = device.choose(device_name)
     device.prepare(chosen, job.worker.threads)
@@ -180,14 +187,15 @@ def _build(
         module = GPT(job.model, data.vocab_size, job.data.sequence_length)
     table = parameter_table(module, job.optimizer.decay_all)
     plan = make_plan(table, job.cluster.shards)
-    flat = FlatModel(module, plan, chosen, dtype, wire, accumulate_fp16, partial(module.initial_value, seed=job.seed))
+    initial_value = partial(module.initial_value, seed=job.seed)
+    flat = FlatModel(module, plan, chosen, dtype, wire, accumulate_fp16, initial_value, overlap=job.worker.overlap)
     contributions = job.contributions
     slots = job.batch.micro_batches_per_step
     held_out = HeldOut(data, job.data.sequence_length, job.evaluation.max_sequences, contributions)
     client = ParameterClient(
-        transport, inbox, int(session.member.rank), incarnation, table, flat, Sharing(job.launch.transport)
+        transport, inbox, int(session.member.rank), incarnation, table, flat, Sharing(job.launch.transport), trace
     )
-    duty = Duty(session, inbox, client, slots, wire, layerwise=True, eager=job.is_eager)
+    duty = Duty(session, inbox, client, slots, wire, layerwise=job.worker.overlap, eager=job.is_eager, trace=trace)
     contributor = Contributor(
         module,
         flat,
@@ -199,8 +207,9 @@ def _build(
         job.batch.micro_batch_size,
         accumulate_fp16,
         duty,
+        trace,
     )
-    worker = Worker(session, inbox, duty, contributor, partial(keep_where_the_run_is, job, data))
+    worker = Worker(session, inbox, duty, contributor, partial(keep_where_the_run_is, job, data), trace)
     log.info("%d parameters in %s on %s", table.num_parameters, dtype, chosen)
     message = pb.Model(table=table.packed(), data_digest=data.digest, evaluation_parts=contributions)
     return worker, client, message

@@ -9,6 +9,7 @@ import torch
 
 from ps.client.pusher import Contribution
 from ps.sharding import Chunk
+from ps.telemetry.trace import COMPUTE, OFF, Recorder
 from ps.types import slot_range
 from workers.data.batches import HeldOut
 from workers.data.sampling import slot_seed
@@ -53,9 +54,11 @@ class Contributor:
         evaluation_batch: int,
         accumulate_fp16: bool,
         steps: Steps,
+        trace: Recorder = OFF,
     ) -> None:
         self._model = model
         self._steps = steps
+        self._trace = trace
         self._flat = flat
         self._batches = batches
         self._held_out = held_out
@@ -83,11 +86,11 @@ class Contributor:
         losses, tokens = [], 0
         with flat.needing(self._steps.await_weights):
             for slot in slots[:-1]:
-                loss, count = self._forward(step, slot)
-                (loss * factor).backward()
+                loss, count = self._forward(step, contribution, slot)
+                self._backward(step, contribution, loss * factor)
                 losses.append(loss.detach())
                 tokens += count
-            loss, count = self._forward(step, slots[-1])
+            loss, count = self._forward(step, contribution, slots[-1])
             # What no layer asked for may be pushed as well.
             self._steps.await_weights(None)
         losses.append(loss.detach())
@@ -95,17 +98,23 @@ class Contributor:
         loss_sums = device.fetch(torch.stack(losses))
         begun = self._steps.begin_push(contribution, lambda: (float(loss_sums().double().sum()), tokens + count))
         with flat.finishing(lambda chunk: self._steps.push_chunk(begun, chunk)):
-            (loss * factor).backward()
+            self._backward(step, contribution, loss * factor)
         return begun
 
-    def _forward(self, step: int, slot: int) -> tuple[torch.Tensor, int]:
-        batch_BT = device.upload(self._batches.batch(step, slot), self._flat.device)
-        device.seed(slot_seed(self._seed, step, slot))
-        return self._model.loss(batch_BT), batch_BT.shape[0] * (batch_BT.shape[1] - 1)
+    def _forward(self, step: int, contribution: int, slot: int) -> tuple[torch.Tensor, int]:
+        with self._trace.span("forward", "compute", step, contribution=contribution, track=COMPUTE):
+            batch_BT = device.upload(self._batches.batch(step, slot), self._flat.device)
+            device.seed(slot_seed(self._seed, step, slot))
+            return self._model.loss(batch_BT), batch_BT.shape[0] * (batch_BT.shape[1] - 1)
+
+    def _backward(self, step: int, contribution: int, loss: torch.Tensor) -> None:
+        with self._trace.span("backward", "compute", step, contribution=contribution, track=COMPUTE):
+            loss.backward()
 
     def evaluate(self, part: int) -> tuple[float, int, int]:
         """Evaluate one part of the held-out data: (loss sum in nats, tokens, bytes of text)."""
         windows = self._held_out.part(part)
-        with self._flat.needing(self._steps.await_weights):
+        # The layers learn from contributions: here, some of them may not be called at all.
+        with self._flat.needing(self._steps.await_weights, layerwise=False):
             loss_sum, tokens = evaluate_windows(self._model, windows, self._evaluation_batch)
         return loss_sum, tokens, self._held_out.bytes_of(part)

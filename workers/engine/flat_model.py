@@ -19,9 +19,11 @@ from ps.errors import ConfigError
 from ps.sharding import Chunk, Plan, presence_map
 from ps.types import WireDtype
 from workers.engine.device import Arena, Mark, Mover, mover
-from workers.engine.overlap import Finishing, Layers
+from workers.engine.overlap import AtTheEnd, Finishing, Layers
 
 Array = np.ndarray
+#: Where a module holds each parameter, by the parameter's identity.
+Owners = dict[int, list[tuple[nn.Module, str]]]
 
 
 class _SkipValues(TorchFunctionMode):
@@ -62,6 +64,8 @@ class FlatModel:
         wire: WireDtype,
         accumulate_fp16: bool,
         initial_value: Callable[[str], torch.Tensor],
+        *,
+        overlap: bool = True,
     ) -> None:
         """Move the module to the device and its parameters into the flat buffers.
 
@@ -71,6 +75,7 @@ class FlatModel:
             dtype: of weights, forward and backward.
             accumulate_fp16: gradients add up in `dtype` (FP16) instead of FP32.
             initial_value: a parameter's initial value by its name, FP32 on the CPU.
+            overlap: chunks are told of while the backward goes on.
         """
         self.module = module
         self.plan = plan
@@ -91,15 +96,19 @@ class FlatModel:
         #: When the device has each chunk's gradient, and all of them.
         self._ready: dict[int, Mark] = {}
         self._rest: Mark = None
+        #: The numbers of the tensors, by the identity of their parameter.
+        self._tensors: dict[int, int] = {}
         self._layers = Layers(module, self._chunks_of)
-        self._finish = Finishing(plan)
+        self._finish: Finishing | AtTheEnd = Finishing(plan) if overlap else AtTheEnd()
         self._bind(dtype)
 
     def _bind(self, dtype: torch.dtype) -> None:
         views = zip(self.plan.table.tensors, self.plan.offsets, strict=True)
+        owners = _owners(self.module)
         for index, (tensor, offset) in enumerate(views):
             window = slice(offset, offset + tensor.size)
-            parameter = self._place(tensor.name, self.weights[window].view(tensor.shape))
+            parameter = self._place(tensor.name, self.weights[window].view(tensor.shape), owners)
+            self._tensors[id(parameter)] = index
             gradient = self.gradients[window].view(tensor.shape)
             if self.gradients.dtype is dtype:
                 # Autograd adds in place to a gradient that is there already.
@@ -111,17 +120,19 @@ class FlatModel:
         # What is not trained (buffers, frozen parameters) moves along as it is.
         self.module.to(self.device)
 
-    def _place(self, name: str, view: torch.Tensor) -> nn.Parameter:
-        """Make a parameter a view, wherever the module holds it: tied ones are one parameter."""
+    def _place(self, name: str, view: torch.Tensor, owners: Owners) -> nn.Parameter:
+        """Make a parameter a view, wherever the module holds it: tied ones are one parameter.
+
+        Autograd is not to see that weights are written: those of one layer come while another one's are computed
+        with, and who may write is seen to by the client.
+        """
         parameter = self._parameters[name]
         if not parameter.is_meta:
             parameter.data = view
             return parameter
-        placed = nn.Parameter(view)
-        for owner in self.module.modules():
-            for attribute, held in list(owner.named_parameters(recurse=False)):
-                if held is parameter:
-                    setattr(owner, attribute, placed)
+        placed = nn.Parameter(view.data)
+        for owner, attribute in owners[id(parameter)]:
+            setattr(owner, attribute, placed)
         return placed
 
     def _note(self, index: int) -> Callable[[torch.Tensor], None]:
@@ -145,27 +156,34 @@ class FlatModel:
 
     def _chunks_of(self, parameters: Iterable[nn.Parameter]) -> list[Chunk]:
         """The chunks that some parameters touch, in forward order."""
-        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
-        wanted = {names[id(parameter)] for parameter in parameters}
         found: dict[int, Chunk] = {}
-        for tensor, offset in zip(self.plan.table.tensors, self.plan.offsets, strict=True):
-            if tensor.name in wanted:
-                found.update((chunk.index, chunk) for chunk in self.plan.chunks_between(offset, offset + tensor.size))
+        for parameter in parameters:
+            tensor = self._tensors[id(parameter)]
+            start = self.plan.offsets[tensor]
+            stop = start + self.plan.table.tensors[tensor].size
+            found.update((chunk.index, chunk) for chunk in self.plan.chunks_between(start, stop))
         return [found[index] for index in sorted(found)]
 
     @contextmanager
-    def needing(self, await_weights: Callable[[Sequence[Chunk] | None], None]) -> Iterator[None]:
+    def needing(
+        self, await_weights: Callable[[Sequence[Chunk] | None], None], *, layerwise: bool = True
+    ) -> Iterator[None]:
         """Have every layer wait, before its forward, for the weights that it reads.
 
         Args:
             await_weights: returns when weights of these chunks are there; None: of all.
+            layerwise: False: all are waited for first.
         """
 
         def need(chunks: Sequence[Chunk] | None) -> None:
             await_weights(chunks)
             self._mover.use()
 
-        with self._layers.needing(need):
+        if layerwise:
+            with self._layers.needing(need):
+                yield
+        else:
+            need(None)
             yield
         self._mover.mark()
 
@@ -220,3 +238,11 @@ class FlatModel:
     def forget_initial(self) -> None:
         """Free what `initial` keeps."""
         self._initial = None
+
+
+def _owners(module: nn.Module) -> Owners:
+    owners: Owners = {}
+    for owner in module.modules():
+        for attribute, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append((owner, attribute))
+    return owners

@@ -1,8 +1,11 @@
 """When a layer's weights are needed, and when a chunk's gradient is finished: hooks on a module.
 
-Both are learned, not assumed. The first forward shows which modules are called at all: what belongs to
-one that is not (its weight is read by somebody else) is needed before the forward begins. The first
-backward shows whether each gradient comes once: the chunks of one that comes more often wait for its end.
+Both are learned in the first contribution, not assumed. Its forward shows which modules are called at all:
+what belongs to one that is not (its weight is read by somebody else) is needed before the forward begins.
+Its backward shows whether each gradient comes once: the chunks of one that comes more often wait for its end.
+
+What this does not see is a module whose weight somebody else reads before it is called itself: such a model
+needs `worker.overlap=false`.
 """
 
 from __future__ import annotations
@@ -72,6 +75,18 @@ class Layers:
             self._uncalled.clear()
 
 
+class AtTheEnd:
+    """In the place of `Finishing`: every chunk is finished when its backward is over, and not before."""
+
+    @contextmanager
+    def telling(self, on_chunk: Callable[[Chunk], None]) -> Iterator[None]:
+        del on_chunk
+        yield
+
+    def came(self, tensor: int) -> None:
+        """The gradient of a tensor has come, maybe not for the last time."""
+
+
 class Finishing:
     """Tells which chunks a backward has finished."""
 
@@ -79,8 +94,12 @@ class Finishing:
         tensors = len(plan.table.tensors)
         self._plan = plan
         self._chunks: list[list[Chunk]] = [[] for _ in range(tensors)]
+        #: How many tensors each chunk has a part of.
+        self._parts: dict[int, int] = {}
         for chunk in plan.chunks:
-            for tensor in {run.tensor for run in chunk.runs}:
+            parts = {run.tensor for run in chunk.runs}
+            self._parts[chunk.index] = len(parts)
+            for tensor in parts:
                 self._chunks[tensor].append(chunk)
         #: Tensors whose gradient came more than once in one backward.
         self._repeated: set[int] = set()
@@ -93,7 +112,7 @@ class Finishing:
     def telling(self, on_chunk: Callable[[Chunk], None]) -> Iterator[None]:
         """Call `on_chunk` with each chunk that the one backward inside finishes, where that can be known."""
         self._times = [0] * len(self._times)
-        self._missing = {chunk.index: len({run.tensor for run in chunk.runs}) for chunk in self._plan.chunks}
+        self._missing = dict(self._parts)
         self._on_chunk = on_chunk
         try:
             yield

@@ -13,6 +13,7 @@ from ps.client.links import Arrived, Inbox, Said
 from ps.client.pusher import Contribution
 from ps.errors import PsError
 from ps.pages import trim_heap
+from ps.telemetry.trace import COMPUTE, OFF, Recorder
 from ps.wire.session import Session
 from workers.engine import metrics
 
@@ -44,6 +45,7 @@ class Worker:
         duty: Duty,
         contributor: Contributor,
         on_work: Callable[[], None] = lambda: None,
+        trace: Recorder = OFF,
     ) -> None:
         """Tie the parts together.
 
@@ -56,6 +58,7 @@ class Worker:
         self._duty = duty
         self._contributor = contributor
         self._on_work = on_work
+        self._trace = trace
         self._has_worked = False
         #: The fence under which something was computed last, counted as `Duty.fences`.
         self._worked_under = 0
@@ -130,7 +133,8 @@ class Worker:
 
     def _evaluate(self, dealt: Dealt, part: int) -> None:
         self._duty.doing(f"evaluating part {part}")
-        loss_sum, tokens, num_bytes = self._contributor.evaluate(part)
+        with self._trace.span("evaluate", "compute", dealt.step, track=COMPUTE):
+            loss_sum, tokens, num_bytes = self._contributor.evaluate(part)
         dealt.evaluate.remove(part)
         self._session.send(
             evaluated=pb.Evaluated(version=dealt.step, part=part, loss_sum=loss_sum, tokens=tokens, bytes=num_bytes)
@@ -148,7 +152,8 @@ class Worker:
             self._worked_under = duty.fences
             trim_heap()
         started = time.monotonic()
-        begun = self._contributor.contribute(dealt.step, contribution, dealt.loss_scale)
+        with self._trace.span("compute", "compute", dealt.step, contribution=contribution, track=COMPUTE):
+            begun = self._contributor.contribute(dealt.step, contribution, dealt.loss_scale)
         duty.done()
         spent = duty.push(begun, time.monotonic() - started - duty.waited())
         metrics.COMPUTE_SECONDS.observe(spent.compute_s)

@@ -37,6 +37,8 @@ class Part:
 
     name: str
     num_bytes: int
+    #: It is another process's as well, and counts there where both are on one host.
+    borrowed: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Estimate:
     def host_bytes(self) -> int:
         """Memory of all processes, if they run on one host."""
         roles = (self.coordinator, *self.shards, *[self.worker] * len(self.contributions))
-        return sum(role.num_bytes for role in roles)
+        return sum(part.num_bytes for role in roles for part in role.parts if not part.borrowed)
 
 
 def estimate(job: JobConfig) -> Estimate:
@@ -148,11 +150,20 @@ def _shard(job: JobConfig, shard: int, size: int) -> RoleMemory:
             Part("optimizer state", 4 * moments * size),
             Part("reduced gradient", 4 * size),
             Part("published weights", wire * size),
-            Part("contributions that wait for others", _waiting(job.contributions, wire) * size),
-            Part("messages", int(SHARD_TRANSIT * size)),
+            *_arriving(job, size),
         ),
         snapshot_bytes=min(MAX_COPY_BYTES, 4 * (1 + moments) * size),
     )
+
+
+def _arriving(job: JobConfig, size: int) -> tuple[Part, ...]:
+    """A shard's memory for what workers send: places that it shares with them, or messages."""
+    wire = job.precision.wire.itemsize
+    if job.launch.transport != "grpc":
+        folded = 8 if job.contributions > KEPT_CONTRIBUTIONS else 0
+        return (Part("shared with workers", (wire * job.contributions + folded) * size),)
+    waiting = Part("contributions that wait for others", _waiting(job.contributions, wire) * size)
+    return (waiting, Part("messages", int(SHARD_TRANSIT * size)))
 
 
 def _waiting(contributions: int, wire: int) -> int:
@@ -164,9 +175,9 @@ def _waiting(contributions: int, wire: int) -> int:
 
 def _worker(job: JobConfig, plan: Plan) -> RoleMemory:
     if _on_accelerator(job):
-        # Chunks pass through two buffers of the host.
-        staging = 2 * job.precision.wire.itemsize * max(chunk.size for chunk in plan.chunks)
-        return RoleMemory("worker", (Part("process", IDLE_WORKER), Part("staging", staging)))
+        # Chunks pass through two buffers of the host in each direction.
+        staging = 4 * job.precision.wire.itemsize * max(chunk.size for chunk in plan.chunks)
+        return RoleMemory("worker", (Part("process", IDLE_WORKER), Part("staging", staging), *_shared(job, plan)))
     weights, gradients = _compute_bytes(job, WireDtype.FP32)
     return RoleMemory(
         "worker",
@@ -174,9 +185,17 @@ def _worker(job: JobConfig, plan: Plan) -> RoleMemory:
             Part("process", IDLE_WORKER),
             Part("weights", weights * plan.size),
             Part("gradients", gradients * plan.size),
+            *_shared(job, plan),
             Part("activations", COMPUTE_WORKSPACE + int(HEAP_HOLES * _saved(job, weights)) + _transient(job)),
         ),
     )
+
+
+def _shared(job: JobConfig, plan: Plan) -> tuple[Part, ...]:
+    """Resident memory of a worker that is its shards' as well: contributions on their way, published weights."""
+    if job.launch.transport == "grpc":
+        return ()
+    return (Part("shared with shards", job.precision.wire.itemsize * (max(_dealt(job)) + 1) * plan.size, True),)
 
 
 def _device(job: JobConfig, plan: Plan) -> RoleMemory | None:

@@ -6,6 +6,7 @@ tokenizer.json       the tokenizer, kept by a worker that has the folder (worker
 data.json            what else must be known of the text
 cluster.json         who serves where, rewritten by the coordinator at each change
 targets.json         the same for Prometheus (file_sd)
+trace.json           a timeline of the steps that `trace.steps` names
 logs/<role>-<rank>.log
 checkpoints/         unless checkpoint.dir names another place
 journal/             what the coordinator has decided
@@ -47,6 +48,10 @@ class RunFolder:
     @property
     def cluster(self) -> Path:
         return self.path / "cluster.json"
+
+    @property
+    def trace(self) -> Path:
+        return self.path / "trace.json"
 
     @property
     def logs(self) -> Path:

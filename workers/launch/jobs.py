@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "checkpoint.",
     "membership.",
     "telemetry.",
+    "trace.",
     "security.",
     "worker.",
     "launch.",

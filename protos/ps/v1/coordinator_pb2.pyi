@@ -211,6 +211,58 @@ class End(_message.Message):
     reason: str
     def __init__(self, ok: bool = ..., reason: _Optional[str] = ...) -> None: ...
 
+class ClockRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ClockResponse(_message.Message):
+    __slots__ = ("name", "now_ns")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NOW_NS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    now_ns: int
+    def __init__(self, name: _Optional[str] = ..., now_ns: _Optional[int] = ...) -> None: ...
+
+class TraceRequest(_message.Message):
+    __slots__ = ("member", "run", "offset_ns", "uncertainty_ns", "dropped", "spans")
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_NS_FIELD_NUMBER: _ClassVar[int]
+    UNCERTAINTY_NS_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    SPANS_FIELD_NUMBER: _ClassVar[int]
+    member: _common_pb2.Member
+    run: str
+    offset_ns: int
+    uncertainty_ns: int
+    dropped: int
+    spans: _containers.RepeatedCompositeFieldContainer[Span]
+    def __init__(self, member: _Optional[_Union[_common_pb2.Member, _Mapping]] = ..., run: _Optional[str] = ..., offset_ns: _Optional[int] = ..., uncertainty_ns: _Optional[int] = ..., dropped: _Optional[int] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ...) -> None: ...
+
+class Span(_message.Message):
+    __slots__ = ("name", "category", "track", "start_ns", "duration_ns", "step", "chunk", "contribution")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CATEGORY_FIELD_NUMBER: _ClassVar[int]
+    TRACK_FIELD_NUMBER: _ClassVar[int]
+    START_NS_FIELD_NUMBER: _ClassVar[int]
+    DURATION_NS_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTION_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    category: str
+    track: str
+    start_ns: int
+    duration_ns: int
+    step: int
+    chunk: int
+    contribution: int
+    def __init__(self, name: _Optional[str] = ..., category: _Optional[str] = ..., track: _Optional[str] = ..., start_ns: _Optional[int] = ..., duration_ns: _Optional[int] = ..., step: _Optional[int] = ..., chunk: _Optional[int] = ..., contribution: _Optional[int] = ...) -> None: ...
+
+class TraceResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class StatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -45,6 +45,16 @@ class CoordinatorStub(object):
                 request_serializer=protos_dot_ps_dot_v1_dot_coordinator__pb2.SessionRequest.SerializeToString,
                 response_deserializer=protos_dot_ps_dot_v1_dot_coordinator__pb2.SessionResponse.FromString,
                 _registered_method=True)
+        self.Clock = channel.unary_unary(
+                '/windlass.ps.v1.Coordinator/Clock',
+                request_serializer=protos_dot_ps_dot_v1_dot_coordinator__pb2.ClockRequest.SerializeToString,
+                response_deserializer=protos_dot_ps_dot_v1_dot_coordinator__pb2.ClockResponse.FromString,
+                _registered_method=True)
+        self.Trace = channel.unary_unary(
+                '/windlass.ps.v1.Coordinator/Trace',
+                request_serializer=protos_dot_ps_dot_v1_dot_coordinator__pb2.TraceRequest.SerializeToString,
+                response_deserializer=protos_dot_ps_dot_v1_dot_coordinator__pb2.TraceResponse.FromString,
+                _registered_method=True)
         self.Status = channel.unary_unary(
                 '/windlass.ps.v1.Coordinator/Status',
                 request_serializer=protos_dot_ps_dot_v1_dot_coordinator__pb2.StatusRequest.SerializeToString,
@@ -71,6 +81,21 @@ class CoordinatorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Clock(self, request, context):
+        """Reads the coordinator's clock: a member on another host estimates the difference from several answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Trace(self, request, context):
+        """A member's part of the timeline of some steps. Idempotent on the member's life: the last one stands.
+        UNAVAILABLE: the member is not registered in this life, which its session sorts out.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Status(self, request, context):
         """What is going on, for people and tools.
         """
@@ -90,6 +115,16 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.Session,
                     request_deserializer=protos_dot_ps_dot_v1_dot_coordinator__pb2.SessionRequest.FromString,
                     response_serializer=protos_dot_ps_dot_v1_dot_coordinator__pb2.SessionResponse.SerializeToString,
+            ),
+            'Clock': grpc.unary_unary_rpc_method_handler(
+                    servicer.Clock,
+                    request_deserializer=protos_dot_ps_dot_v1_dot_coordinator__pb2.ClockRequest.FromString,
+                    response_serializer=protos_dot_ps_dot_v1_dot_coordinator__pb2.ClockResponse.SerializeToString,
+            ),
+            'Trace': grpc.unary_unary_rpc_method_handler(
+                    servicer.Trace,
+                    request_deserializer=protos_dot_ps_dot_v1_dot_coordinator__pb2.TraceRequest.FromString,
+                    response_serializer=protos_dot_ps_dot_v1_dot_coordinator__pb2.TraceResponse.SerializeToString,
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
@@ -152,6 +187,60 @@ class Coordinator(object):
             '/windlass.ps.v1.Coordinator/Session',
             protos_dot_ps_dot_v1_dot_coordinator__pb2.SessionRequest.SerializeToString,
             protos_dot_ps_dot_v1_dot_coordinator__pb2.SessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Clock(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/windlass.ps.v1.Coordinator/Clock',
+            protos_dot_ps_dot_v1_dot_coordinator__pb2.ClockRequest.SerializeToString,
+            protos_dot_ps_dot_v1_dot_coordinator__pb2.ClockResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Trace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/windlass.ps.v1.Coordinator/Trace',
+            protos_dot_ps_dot_v1_dot_coordinator__pb2.TraceRequest.SerializeToString,
+            protos_dot_ps_dot_v1_dot_coordinator__pb2.TraceResponse.FromString,
             options,
             channel_credentials,
             insecure,
