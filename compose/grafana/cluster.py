@@ -56,10 +56,14 @@ PANELS = (
         ),
         defaults={"decimals": 0, "min": 0},
     ),
-    heatmap("Push latency", "Encoding and sending one contribution to all shards.", "windlass_push_seconds"),
+    heatmap(
+        "Push latency",
+        "Sending what a contribution's backward had not sent, to all shards.",
+        "windlass_push_seconds",
+    ),
     heatmap(
         "Pull latency",
-        "From asking for a version to holding all of it: the other workers, the decision and the update are in it.",
+        "Waiting for a version where nothing is computed: the other workers, the decision and the update are in it.",
         "windlass_pull_seconds",
     ),
     Panel(

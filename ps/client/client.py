@@ -188,6 +188,10 @@ class ParameterClient:
         for chunk in self.plan.chunks:
             self.push_chunk(contribution, chunk)
 
+    def sent_at(self, contribution: int) -> float | None:
+        """When the last chunk of a contribution of the open step was sent, by the monotonic clock; None: none was."""
+        return self._pusher.sent_at(self._ledger.step, contribution) if self._ledger is not None else None
+
     def _slots_of(self, contribution: Contribution) -> int:
         return len(slot_range(contribution.index, self._contributions, self._slots))
 

@@ -53,11 +53,12 @@ class Spent:
     """Seconds of one contribution."""
 
     compute_s: float = 0.0
-    push_s: float = 0.0
-    #: From asking for the weights before it until they were there.
+    #: From asking for the weights before it until they were there, where nothing was computed meanwhile.
     pull_s: float = 0.0
     #: The part of `pull_s` before the first of them came: waiting for the decision, not transfer.
     wait_s: float = 0.0
+    #: When it was computed, by the monotonic clock.
+    computed_at: float = 0.0
 
 
 class Duty:
@@ -73,6 +74,7 @@ class Duty:
         *,
         layerwise: bool = False,
         eager: bool = False,
+        on_pushed: Callable[[float], None] = lambda _: None,
         trace: Recorder = OFF,
     ) -> None:
         """
@@ -80,7 +82,9 @@ class Duty:
             slots: G, micro-batches in a step.
             layerwise: whoever computes waits for the weights of each layer, by `await_weights`.
             eager: weights of the next version may come before the open step is decided.
+            on_pushed: called with the seconds that pushing a contribution took beyond computing it.
         """
+        self._on_pushed = on_pushed
         self._session = session
         self._inbox = inbox
         self._client = client
@@ -188,12 +192,15 @@ class Duty:
             return
         for contribution in completed:
             spent = self._spent.get(contribution, Spent())
+            sent_at = self._client.sent_at(contribution)
+            push_s = max(0.0, sent_at - spent.computed_at) if sent_at and spent.computed_at else 0.0
+            self._on_pushed(push_s)
             self._session.send(
                 contributed=pb.Contributed(
                     step=self.dealt.step,
                     contribution=contribution,
                     compute_s=spent.compute_s,
-                    push_s=spent.push_s,
+                    push_s=push_s,
                     pull_s=spent.pull_s,
                     fence=to_proto(self.fence),
                     wait_s=spent.wait_s,
@@ -215,6 +222,8 @@ class Duty:
         if not dealt.pending and not dealt.evaluate:
             return None
         if self._client.pulled.use(dealt.step, early=self._layerwise):
+            # Of something that was left.
+            self._waited_s = 0.0
             return dealt
         # Torn by the next version means that this one is decided; but where steps are eager it may still be needed.
         if self.eager or not self._client.pulled.is_torn:
@@ -307,15 +316,13 @@ class Duty:
         """A chunk is ready: nothing of its gradient changes any more."""
         self._client.push_chunk(contribution, chunk)
 
-    def push(self, begun: Contribution, compute_s: float) -> Spent:
+    def push(self, begun: Contribution, compute_s: float) -> None:
         """Push what is left of a contribution, whose gradient the client's source holds now."""
         dealt, contribution = self.dealt, begun.index
         assert dealt is not None, "there is an open step"
-        began = time.monotonic()
         self._client.push(begun)
         before = self._spent.get(contribution, Spent(pull_s=self._pull_s, wait_s=self._wait_s))
-        spent = Spent(compute_s, time.monotonic() - began, before.pull_s, before.wait_s)
-        self._spent[contribution] = spent
+        self._spent[contribution] = Spent(compute_s, before.pull_s, before.wait_s, time.monotonic())
         self._pull_s = self._wait_s = 0.0
         if contribution in dealt.pending:
             dealt.pending.remove(contribution)
@@ -324,4 +331,3 @@ class Duty:
             self._asked_at = time.monotonic()
             self.doing("pushed, waiting for the decision")
             self._client.pull(dealt.step + 1, dealt.applied + 1)
-        return spent

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -106,6 +107,9 @@ class Pusher:
         #: The contribution whose gradient is there.
         self._buffered: Contribution | None = None
         self._untold: dict[int, _Untold] = {}
+        #: The step that is pushed, and when the last chunk of each of its contributions was sent.
+        self._sent_step = -1
+        self._sent_at: dict[int, float] = {}
         self._thread: threading.Thread | None = None
 
     def put(self, contribution: Contribution, slots: int, chunk: Chunk) -> None:
@@ -127,6 +131,10 @@ class Pusher:
         """The contribution whose gradient is there."""
         with self._reading:
             return self._buffered
+
+    def sent_at(self, step: int, contribution: int) -> float | None:
+        """When the last of what was put of a contribution was sent, by the monotonic clock; None: nothing was."""
+        return self._sent_at.get(contribution) if step == self._sent_step else None
 
     def forget(self) -> None:
         """The gradient is about to be overwritten; `settle` comes first."""
@@ -172,9 +180,15 @@ class Pusher:
     def _run(self) -> None:
         while (job := self._next()) is not None:
             self._guarded(self._push, job)
+            self._note_sent(job.contribution)
             with self._changed:
                 self._unfinished -= 1
                 self._changed.notify_all()
+
+    def _note_sent(self, contribution: Contribution) -> None:
+        if contribution.step != self._sent_step:
+            self._sent_step, self._sent_at = contribution.step, {}
+        self._sent_at[contribution.index] = time.monotonic()
 
     def _next(self) -> _Job | None:
         try:

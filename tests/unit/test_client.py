@@ -11,125 +11,23 @@ import pytest
 
 from protos.ps.v1 import coordinator_pb2 as pb
 from ps.client import links as links_module
-from ps.client.client import ParameterClient
 from ps.client.links import Arrived, Failed, Inbox, Said, ShardLinks
 from ps.client.pusher import Contribution
 from ps.client.shared import Sharing
 from ps.errors import MalformedFrame
-from ps.sharding import Chunk, make_plan
-from ps.types import Fence, ParameterTable, TensorSpec, WireDtype
+from ps.sharding import Chunk
+from ps.types import Fence
 from ps.wire import frame
-from ps.wire.messages import Ack, Header, Placed, Refused, Weights, Welcome
+from ps.wire.messages import Placed, Refused, Weights, Welcome
 from ps.wire.shared_memory import Segment
 from tests.support.eventually import eventually
-
-TABLE = ParameterTable((TensorSpec("w", (65_536 * 3,)),))
-
-
-class _Recording:
-    """A transport and its connection; what the shard says comes in as from the stream's thread."""
-
-    def __init__(self) -> None:
-        self.frames: list[bytes] = []
-        self.say: Any = None
-        self.lose: Any = None
-
-    def connect(self, _address: str, on_frame: Any, on_close: Any) -> _Recording:
-        self.say, self.lose = on_frame, on_close
-        return self
-
-    def send(self, frame: bytes, _timeout_s: float) -> bool:
-        self.frames.append(frame)
-        return True
-
-    @property
-    def has_room(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        pass
-
-
-class _Zeros:
-    """A source whose gradient is zero."""
-
-    def __init__(self) -> None:
-        self.discarded = 0
-
-    def encode(self, chunk: Chunk, _slots: int, room: np.ndarray) -> bytes:
-        room[:] = 0
-        return bytes(chunk.presence_bytes)
-
-    def decode(self, _chunk: Chunk, _payload: np.ndarray) -> None:
-        pass
-
-    def initial(self, _chunk: Chunk, _room: np.ndarray) -> None:
-        pass
-
-    def discard(self) -> None:
-        self.discarded += 1
-
-    def forget_initial(self) -> None:
-        pass
-
-
-class Client:
-    """A client, and the voice of its only shard."""
-
-    def __init__(self, sharing: Sharing = Sharing.NEVER) -> None:
-        self.stream, self.source, self.inbox = _Recording(), _Zeros(), Inbox()
-        self.parameters = ParameterClient(self.stream, self.inbox, 0, 7, TABLE, self.source, sharing)
-        digest = make_plan(TABLE, 1).digest
-        self.parameters.open("run", Fence(1, 1), digest, ["nowhere:1"], 4, 2, WireDtype.FP16)
-        self.parameters.begin_step(5)
-
-    def say(self, header: Header, payload: Any = b"") -> None:
-        """The shard says something, and the owner takes it."""
-        self.stream.say(frame.encode(header.pack(), payload))
-        self.take()
-
-    def take(self) -> list[Any]:
-        """The owner takes what there is."""
-        events = []
-        while (event := self.inbox.get(0.0)) is not None:
-            events.append(event)
-            assert not isinstance(event, Said)
-            self.parameters.handle(event)
-        return events
-
-    def welcome(self, step: int = 5, held: list[list[Any]] | None = None) -> None:
-        self.say(Welcome(0, 9, 1, 1, step, step, held or []))
-
-    def acknowledge(self, step: int, contribution: int) -> None:
-        self.say(Ack(step, contribution, -1))
-
-    def bring(self, applied: int, *chunks: int) -> None:
-        for chunk in chunks:
-            size = self.parameters.plan.chunks[chunk].size
-            self.say(Weights(applied, chunk, "fp16"), memoryview(bytes(2 * size)))
-
-    def push(self, step: int, contribution: int) -> Contribution:
-        pushed = Contribution(step, contribution, 1.0, lambda: (0.0, 0))
-        self.parameters.begin_push(pushed)
-        self.parameters.push(pushed)
-        self.parameters._pusher.settle()
-        return pushed
-
-    @property
-    def kinds(self) -> list[str]:
-        """What has been sent, by kind."""
-        return [frame.decode(data)[0]["kind"] for data in self.stream.frames]
-
-    @property
-    def pushed(self) -> list[tuple[int, int]]:
-        """(contribution, chunk) of what has been pushed."""
-        headers = [frame.decode(data)[0] for data in self.stream.frames]
-        return [(header["contribution"], header["chunk"]) for header in headers if header["kind"] == "push"]
+from tests.support.voice import Client, Recording
 
 
 @pytest.fixture
 def client() -> Iterator[Client]:
     made = Client()
+    made.open()
     yield made
     made.parameters.close()
 
@@ -233,6 +131,7 @@ def test_a_gradient_is_held_until_the_first_weights_after_it(client: Client) -> 
 def test_where_steps_are_eager_a_gradient_is_held_until_the_next_deal() -> None:
     """Weights prove no decision: other chunks of it may still be on their way, to a shard that may die."""
     client = Client()
+    client.open()
     client.parameters.pulled.eager = True
     client.welcome()
     client.push(5, 0)
@@ -312,7 +211,7 @@ def test_a_pull_that_is_gone_is_forgotten_and_no_other(client: Client) -> None:
     assert not client.parameters.pulled.comes(7)
 
 
-class _Full(_Recording):
+class _Full(Recording):
     """A shard that hangs: there is never room."""
 
     def send(self, frame: bytes, _timeout_s: float) -> bool:
@@ -346,6 +245,7 @@ def test_a_shard_that_takes_nothing_for_long_is_greeted_anew(monkeypatch: pytest
 def test_weights_in_memory_of_an_earlier_greeting_are_asked_for_again() -> None:
     """They were on their way when the worker greeted the shard anew, and name what it no longer maps."""
     client = Client(Sharing.AUTO)
+    client.open()
     client.parameters.pull(6, 6)
     client.say(Placed(6, "fp16", [[0, 64, 0, 2]]))
     assert client.parameters.model.version == -1
@@ -361,6 +261,7 @@ def test_weights_in_memory_of_an_earlier_greeting_are_asked_for_again() -> None:
 def test_a_place_is_not_told_of_before_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     """The shard would refuse it, and nobody would send it again. The pusher runs beside the owner."""
     client = Client(Sharing.AUTO)
+    client.open()
     places: Any = client.parameters._places[0]
     chunk = client.parameters.plan.chunks[0]
     rooms: list[Any] = []

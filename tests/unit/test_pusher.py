@@ -347,6 +347,26 @@ def test_nothing_is_put_nothing_is_waited_for(bench: Bench) -> None:
     assert bench.pusher._thread is None
 
 
+def test_it_is_known_when_a_contribution_was_sent(bench: Bench) -> None:
+    begun = bench.begin(index=1)
+    bench.put(begun, 0, 1)
+    bench.pusher.settle()
+    first = bench.pusher.sent_at(5, 1)
+    assert first is not None
+    assert bench.pusher.sent_at(5, 2) is None
+    bench.put(begun, 2)
+    bench.pusher.settle()
+    last = bench.pusher.sent_at(5, 1)
+    assert last is not None
+    assert last > first
+    bench.put(bench.begin(index=2), 0)
+    bench.pusher.settle()
+    assert bench.pusher.sent_at(5, 1) == last
+    bench.put(bench.begin(step=6), 0)
+    bench.pusher.settle()
+    assert bench.pusher.sent_at(5, 1) is None, "nothing is kept of the steps of a whole run"
+
+
 def test_when_the_fence_moves_the_rest_is_dropped(bench: Bench) -> None:
     """The owner may be waiting for it, and has to hear of the fence."""
     begun = bench.begin()

@@ -34,7 +34,7 @@ from workers.config import JobConfig
 from workers.data.batches import HeldOut, TokenBatches
 from workers.data.kept import keep_where_the_run_is
 from workers.data.prepare import PreparedData, prepare
-from workers.engine import device
+from workers.engine import device, metrics
 from workers.engine.compute import Contributor
 from workers.engine.flat_model import FlatModel, without_values
 from workers.engine.worker import Worker
@@ -195,7 +195,17 @@ def _build(
     client = ParameterClient(
         transport, inbox, int(session.member.rank), incarnation, table, flat, Sharing(job.launch.transport), trace
     )
-    duty = Duty(session, inbox, client, slots, wire, layerwise=job.worker.overlap, eager=job.is_eager, trace=trace)
+    duty = Duty(
+        session,
+        inbox,
+        client,
+        slots,
+        wire,
+        layerwise=job.worker.overlap,
+        eager=job.is_eager,
+        on_pushed=metrics.PUSH_SECONDS.observe,
+        trace=trace,
+    )
     contributor = Contributor(
         module,
         flat,

@@ -7,5 +7,5 @@ from prometheus_client import Histogram
 from ps.telemetry.buckets import PHASE_S
 
 COMPUTE_SECONDS = Histogram("windlass_compute_seconds", "Forward and backward of one contribution", buckets=PHASE_S)
-PUSH_SECONDS = Histogram("windlass_push_seconds", "Encoding and sending one contribution", buckets=PHASE_S)
-PULL_SECONDS = Histogram("windlass_pull_seconds", "Waiting for and receiving one version", buckets=PHASE_S)
+PUSH_SECONDS = Histogram("windlass_push_seconds", "Sending one contribution, beyond computing it", buckets=PHASE_S)
+PULL_SECONDS = Histogram("windlass_pull_seconds", "Waiting for one version, while nothing is computed", buckets=PHASE_S)

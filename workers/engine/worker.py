@@ -119,19 +119,17 @@ class Worker:
         self._session.send(leave=pb.Leave(reason="asked to stop"))
         self._inbox.put(Said(pb.SessionResponse(end=pb.End(ok=True, reason="asked to stop"))))
 
-    def _note_pulled(self) -> None:
-        pull_s = self._duty.pulled()
-        if pull_s is not None:
-            metrics.PULL_SECONDS.observe(pull_s)
-
     def _work(self, dealt: Dealt) -> None:
-        self._note_pulled()
+        pull_s = self._duty.pulled()
         if dealt.evaluate:
-            self._evaluate(dealt, dealt.evaluate[0])
+            waited_s = self._evaluate(dealt, dealt.evaluate[0])
         else:
-            self._contribute(dealt, dealt.pending[0])
+            waited_s = self._contribute(dealt, dealt.pending[0])
+        if pull_s is not None:
+            metrics.PULL_SECONDS.observe(pull_s + waited_s)
 
-    def _evaluate(self, dealt: Dealt, part: int) -> None:
+    def _evaluate(self, dealt: Dealt, part: int) -> float:
+        """Returns the seconds in which weights were waited for."""
         self._duty.doing(f"evaluating part {part}")
         with self._trace.span("evaluate", "compute", dealt.step, track=COMPUTE):
             loss_sum, tokens, num_bytes = self._contributor.evaluate(part)
@@ -139,8 +137,10 @@ class Worker:
         self._session.send(
             evaluated=pb.Evaluated(version=dealt.step, part=part, loss_sum=loss_sum, tokens=tokens, bytes=num_bytes)
         )
+        return self._duty.waited()
 
-    def _contribute(self, dealt: Dealt, contribution: int) -> None:
+    def _contribute(self, dealt: Dealt, contribution: int) -> float:
+        """Returns the seconds in which weights were waited for."""
         duty = self._duty
         duty.doing(f"computing contribution {contribution}")
         duty.forget_gradient()
@@ -155,6 +155,8 @@ class Worker:
         with self._trace.span("compute", "compute", dealt.step, contribution=contribution, track=COMPUTE):
             begun = self._contributor.contribute(dealt.step, contribution, dealt.loss_scale)
         duty.done()
-        spent = duty.push(begun, time.monotonic() - started - duty.waited())
-        metrics.COMPUTE_SECONDS.observe(spent.compute_s)
-        metrics.PUSH_SECONDS.observe(spent.push_s)
+        waited_s = duty.waited()
+        compute_s = time.monotonic() - started - waited_s
+        duty.push(begun, compute_s)
+        metrics.COMPUTE_SECONDS.observe(compute_s)
+        return waited_s
