@@ -172,7 +172,7 @@ class Machine(Run):
         while before is not self.phase:
             before = self.phase
             missing = bool(self.members.missing_shards())
-            if missing and (before is Phase.RUNNING or self.serving.goes_on):
+            if missing and (before is Phase.RUNNING or (before is Phase.GATHERING and self.serving.goes_on)):
                 self._give_up_stopping(now)
             if before is not Phase.RUNNING:
                 self.serving.advance(now)

@@ -22,6 +22,7 @@ from ps.coordinator.actions import (
     TellCluster,
     TellDeal,
     TellDecision,
+    TellForegone,
     TellSnapshot,
     WriteManifest,
 )
@@ -72,6 +73,14 @@ class FakeShard:
     #: Its reports do not arrive.
     silent: bool = False
     waiting: list[Decision] = field(default_factory=list)
+    #: What it was told under the present fence that the decision will do, and by what chunks are updated already.
+    foregone: Decision | None = None
+    updated_by: Decision | None = None
+
+    def get_ahead(self) -> None:
+        """A chunk is reduced, and updated if that is foregone."""
+        if self.foregone is not None and self.foregone.step == self.version:
+            self.updated_by = self.foregone
 
 
 @dataclass
@@ -241,6 +250,7 @@ class FakeRun:
         if shard.last_decision is not None and shard.last_decision.fence == fence:
             machine.steps.applied(Applied(fence, shard.last_decision.step, shard.index, 1000 + shard.version))
         if shard.has_state and len(shard.held) == self.config.contributions and not shard.waiting:
+            shard.get_ahead()
             machine.steps.prepared(self.prepared_of(shard))
 
     def prepared_of(self, shard: FakeShard) -> Prepared:
@@ -257,14 +267,19 @@ class FakeRun:
         elif isinstance(action, TellDecision):
             shard = self.shards[action.shard]
             if action.decision.step == shard.version and shard.has_state:
+                assert shard.updated_by is None or action.decision.updates_as(shard.updated_by), "rejected"
                 shard.waiting = [action.decision]
             if not shard.slow:
                 self.apply(shard)
+        elif isinstance(action, TellForegone):
+            assert action.decision.fence == self.machine.fence
+            self.shards[action.shard].foregone = action.decision
         elif isinstance(action, TellDeal | TellCluster):
             if isinstance(action, TellDeal) and action.worker in self.workers:
                 self.workers[action.worker].deals.append(action)
         elif isinstance(action, TellSnapshot):
             assert self.shards[action.shard].version == action.version
+            assert self.shards[action.shard].updated_by is None, "its state is between two versions"
             self._write(self.shards[action.shard], action.version)
         elif isinstance(action, WriteManifest):
             version = action.state.version
@@ -276,7 +291,7 @@ class FakeRun:
         """Carry out what a shard was told."""
         for decision in shard.waiting:
             shard.version, shard.last_decision = decision.version, decision
-            shard.held = set()
+            shard.held, shard.updated_by = set(), None
             if decision.snapshot:
                 self._write(shard, decision.version)
         shard.waiting = []
@@ -290,6 +305,8 @@ class FakeRun:
     def _configure(self, action: Configure) -> None:
         shard, fence = self.shards.get(action.shard), action.fence
         member = self.machine.members.get(Role.SHARD, action.shard)
+        if shard is not None:
+            shard.foregone = shard.foregone if action.control is Control.SERVE else None
         if shard is None or member is None or not member.connected:
             error = PeerUnavailable("nobody answers")
             self.machine.serving.configure_failed(action.shard, fence, action.control, error, False)
@@ -299,7 +316,7 @@ class FakeRun:
                 broken = CheckpointDamaged(f"{action.checkpoint} has been damaged")
                 self.machine.serving.configure_failed(action.shard, fence, action.control, broken, False)
                 return
-            shard.last_decision, shard.held, shard.waiting = None, set(), []
+            shard.last_decision, shard.held, shard.waiting, shard.updated_by = None, set(), [], None
             shard.version, shard.has_state, shard.awaiting = 0, False, not action.checkpoint
             shard.loaded = bool(action.checkpoint)
             if action.checkpoint:
@@ -308,7 +325,8 @@ class FakeRun:
                 shard.version = candidate.state.version
         elif action.control is Control.SERVE and shard.loaded:
             shard.has_state, shard.loaded = True, False
-        inspection = Inspection(shard.has_state, shard.version, (shard.waiting or [shard.last_decision])[-1])
+        last = (shard.waiting or [shard.last_decision])[-1]
+        inspection = Inspection(shard.has_state, shard.version, last, None if shard.waiting else shard.updated_by)
         self.machine.serving.configured(action.shard, fence, action.control, inspection)
 
     # -- What can be asked ------------------------------------------------------------------
