@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ps.client.pusher import Encoded
 from ps.errors import ConfigError, GradientError, PsError
 from ps.kernels.convert import decode, encode
 from ps.sharding import Chunk, Plan, presence_map
@@ -133,10 +134,10 @@ class NamedArrays:
 
     # -- Source ---------------------------------------------------------------------------------
 
-    def encode(self, chunk: Chunk, slots: int, room: Array) -> bytes:
-        """Write a chunk of the gradient, divided by `slots`, into `room`; returns the presence map of its runs."""
-        encode(self._gradients[chunk.start : chunk.stop], slots, self._wire, room)
-        return presence_map(chunk, self._touched)
+    def encode(self, chunk: Chunk, slots: int, room: Array) -> Encoded:
+        """Write a chunk of the gradient, divided by `slots`, into `room`."""
+        digest = encode(self._gradients[chunk.start : chunk.stop], slots, self._wire, room)
+        return Encoded(digest, presence_map(chunk, self._touched))
 
     def decode(self, chunk: Chunk, payload: Array) -> None:
         """Take over the published weights of a chunk."""

@@ -13,15 +13,15 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
-import xxhash
 
 from ps.client.ledger import Ledger
 from ps.client.links import Arrived, Failed, Inbox, Lost, Received, ShardLinks
 from ps.client.pulled import Model, PulledModel
-from ps.client.pusher import Contribution, Pusher
+from ps.client.pusher import Contribution, Encoded, Pusher
 from ps.client.shared import SharedPlaces, Sharing
 from ps.client.transport import Transport
 from ps.errors import MalformedFrame, MismatchError, SharedMemoryError, StaleFence, StalePlace, VersionGone
+from ps.kernels.digest import hash_payload
 from ps.sharding import Chunk, Plan, make_plan
 from ps.telemetry.trace import OFF, Recorder
 from ps.types import Fence, ParameterTable, WireDtype, slot_range
@@ -36,8 +36,8 @@ Array = np.ndarray
 class Source(Protocol):
     """Where chunks come from and go to: the worker's model. `encode`, `discard` and `decode` are other threads'."""
 
-    def encode(self, chunk: Chunk, slots: int, room: Array) -> bytes:
-        """Write a chunk of the computed gradient, divided by `slots`, into `room`; returns the presence map."""
+    def encode(self, chunk: Chunk, slots: int, room: Array) -> Encoded:
+        """Write a chunk of the computed gradient, divided by `slots`, into `room`."""
 
     def discard(self) -> None:
         """The computed gradient is decided, or dropped: nobody will ask for it again."""
@@ -214,7 +214,7 @@ class ParameterClient:
         for chunk in self.plan.chunks_of(shard):
             room = np.zeros(chunk.size, np.float32)
             self.source.initial(chunk, room)
-            header = Initialize(**self.links.identity(), chunk=chunk.index, hash=xxhash.xxh3_64_digest(room.data))
+            header = Initialize(**self.links.identity(), chunk=chunk.index, hash=hash_payload(room))
             self.links.send(shard, frame.encode(header.pack(), room))
         self.source.forget_initial()
 

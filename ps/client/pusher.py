@@ -13,10 +13,9 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import xxhash
 
 from ps.client.links import STALL_S, ShardLinks
 from ps.client.shared import SharedPlaces
@@ -33,11 +32,20 @@ SETTLE_S = 3 * STALL_S
 _TELL_BYTES, _PLACE_BYTES = frame.MAX_HEADER_BYTES // 2, 32
 
 
+class Encoded(NamedTuple):
+    """What is said of a payload that was written."""
+
+    #: `ps.kernels.digest.hash_payload` of it.
+    digest: bytes
+    #: The presence map of the chunk's runs.
+    present: bytes
+
+
 class Encoder(Protocol):
     """Where the gradient is."""
 
-    def encode(self, chunk: Chunk, slots: int, room: np.ndarray) -> bytes:
-        """Write a chunk of the computed gradient, divided by `slots`, into `room`; returns the presence map."""
+    def encode(self, chunk: Chunk, slots: int, room: np.ndarray) -> Encoded:
+        """Write a chunk of the computed gradient, divided by `slots`, into `room`."""
 
     def discard(self) -> None:
         """Nobody will ask for the gradient again."""
@@ -213,18 +221,18 @@ class Pusher:
         if places is not None and room is not None:
             self._write(job, places, *room)
             return
-        blank = self._header(job, bytes(8), bytes(chunk.presence_bytes))
+        blank = self._header(job, Encoded(bytes(8), bytes(chunk.presence_bytes)))
         # Hash and presence map have a fixed length, so the frame is laid out before they are known.
         draft = frame.Draft(blank.pack(), self.wire.numpy, chunk.size)
-        present = self._encode(job, draft.payload)
-        if present is None:
+        encoded = self._encode(job, draft.payload)
+        if encoded is None:
             return
-        draft.rewrite(self._header(job, xxhash.xxh3_64_digest(draft.payload.data), present).pack())
+        draft.rewrite(self._header(job, encoded).pack())
         with self._span("send", contribution.step, contribution.index, chunk.index):
             self._links.send(chunk.shard, draft.data)
 
-    def _encode(self, job: _Job, room: np.ndarray) -> bytes | None:
-        """The presence map; None: the gradient is not there any more."""
+    def _encode(self, job: _Job, room: np.ndarray) -> Encoded | None:
+        """None: the gradient is not there any more."""
         with self._reading:
             if self._buffered is not job.contribution:
                 return None
@@ -232,8 +240,8 @@ class Pusher:
                 return self._encoder.encode(job.chunk, job.slots, room)
 
     def _write(self, job: _Job, places: SharedPlaces, place: int, room: np.ndarray) -> None:
-        present = self._encode(job, room)
-        if present is None:
+        encoded = self._encode(job, room)
+        if encoded is None:
             return
         shard = job.chunk.shard
         untold = self._untold.get(shard)
@@ -242,9 +250,9 @@ class Pusher:
             untold = None
         if untold is None:
             untold = self._untold[shard] = _Untold(job.contribution, places, self._placed(job, places))
-        untold.chunks.append([job.chunk.index, place, xxhash.xxh3_64_digest(room.data), present])
+        untold.chunks.append([job.chunk.index, place, *encoded])
         untold.num_bytes += room.nbytes
-        untold.header_bytes += _PLACE_BYTES + len(present)
+        untold.header_bytes += _PLACE_BYTES + len(encoded.present)
         if untold.header_bytes > _TELL_BYTES or self._links.has_room(shard):
             self._tell(shard)
 
@@ -272,7 +280,7 @@ class Pusher:
             chunks=[],
         )
 
-    def _header(self, job: _Job, digest: bytes, present: bytes) -> Push:
+    def _header(self, job: _Job, encoded: Encoded) -> Push:
         loss_sum, tokens = job.contribution.report()
         return Push(
             **job.identity,
@@ -282,8 +290,8 @@ class Pusher:
             slots=job.slots,
             loss_scale=job.contribution.loss_scale,
             dtype=str(self.wire),
-            hash=digest,
-            present=present,
+            hash=encoded.digest,
+            present=encoded.present,
             loss_sum=loss_sum,
             tokens=tokens,
         )

@@ -13,6 +13,7 @@ import numpy as np
 from ps.errors import StartupError
 from ps.kernels import jit
 from ps.kernels.convert import decode, encode
+from ps.kernels.digest import hash_payload
 from ps.kernels.jit import cache_directory
 from ps.kernels.reduce import fold, reduce
 from ps.kernels.update import RunTable, Update
@@ -37,6 +38,7 @@ def warm_up(update: Update | None, dtype: WireDtype) -> None:
     """
     wire = np.zeros(_SIZE, dtype.numpy)
     accumulator, mean = np.zeros(_SIZE), np.zeros(_SIZE, np.float32)
+    _ready("hash_payload", lambda: hash_payload(wire))
     _ready("fold", lambda: fold(accumulator, [wire], [1], dtype))
     _ready("reduce", lambda: reduce([wire], [1], accumulator, 1, dtype, mean, np.zeros(1)))
     if update is None:
@@ -52,6 +54,7 @@ def warm_up_worker(dtype: WireDtype) -> None:
     """Make the conversions ready that a worker needs."""
     wire, values = np.zeros(_SIZE, dtype.numpy), np.zeros(_SIZE, np.float32)
     _ready("encode", lambda: encode(values, 1, dtype, wire))
+    _ready("hash_payload", lambda: hash_payload(wire))
     _ready("decode", lambda: decode(wire, dtype, values))
 
 

@@ -7,14 +7,16 @@ from typing import Any
 import numpy as np
 
 from ps.kernels.arrays import FLOAT32, Array, padded, readonly, require, wire_view
+from ps.kernels.digest import block_elements, hash_payload, no_words, to_bytes, words
 from ps.kernels.formats import narrow, widen
+from ps.kernels.hashing import block_key
 from ps.kernels.jit import inner, kernel
-from ps.kernels.vectors import WIDTH, load, prefetch, settle, start_of, store, stream, streams
+from ps.kernels.vectors import WIDTH, load, prefetch, settle, start_of, store, stream, streams, total
 from ps.types import WireDtype
 
 
-def encode(source: Array, divisor: int, dtype: WireDtype, out: Array) -> None:
-    """Divide in float32 and round once, to nearest even, to the wire dtype.
+def encode(source: Array, divisor: int, dtype: WireDtype, out: Array) -> bytes:
+    """Divide in float32, round once, to nearest even, to the wire dtype, and hash.
 
     What is too large for FP16 becomes infinite; a NaN stays one.
 
@@ -24,6 +26,9 @@ def encode(source: Array, divisor: int, dtype: WireDtype, out: Array) -> None:
         dtype: of the wire.
         out: [n] of `dtype.numpy`.
 
+    Returns:
+        What `hash_payload` returns of `out`.
+
     Raises:
         ValueError: an array is not what is said above.
     """
@@ -31,12 +36,12 @@ def encode(source: Array, divisor: int, dtype: WireDtype, out: Array) -> None:
     require("out", out, dtype.numpy, source.size, writeable=True)
     if divisor < 1:
         raise ValueError(f"divisor={divisor}: must be at least 1")
-    whole = source.size // WIDTH * WIDTH
-    _encode(readonly(source[:whole]), np.float32(divisor), wire_view(out[:whole], dtype))
-    if whole < source.size:
-        rest = padded(out[whole:])
-        _encode(readonly(padded(source[whole:])), np.float32(divisor), wire_view(rest, dtype))
-        out[whole:] = rest[: source.size - whole]
+    whole = padded(out)
+    value = _encode(readonly(padded(source)), np.float32(divisor), wire_view(whole, dtype))
+    if whole is out:
+        return to_bytes(value)
+    out[:] = whole[: out.size]
+    return hash_payload(out)
 
 
 def decode(source: Array, dtype: WireDtype, out: Array) -> None:
@@ -69,14 +74,18 @@ def round_to_wire(source: Any, out: Any, begin: Any, end: Any) -> None:
 
 
 @kernel
-def _encode(source: Any, divisor: Any, out: Any) -> None:
-    size, source, out = source.size, start_of(source), start_of(out)
-    if divisor == np.float32(1):
-        round_to_wire(source, out, 0, size)
-    else:
-        for i in range(0, size, WIDTH):
+def _encode(source: Any, divisor: Any, out: Any) -> Any:
+    size, step, source, out = source.size, block_elements(out), start_of(source), start_of(out)
+    value = np.uint64(0)
+    for low in range(0, size, step):
+        block = no_words(out)
+        for i in range(low, min(low + step, size), WIDTH):
             prefetch(source, i)
-            store(out, i, narrow(load(source, i) / divisor, out))
+            elements = narrow(load(source, i) / divisor, out)
+            store(out, i, elements)
+            block = block + words(elements, i - low)
+        value += total(block) * block_key(low // step)
+    return value
 
 
 @kernel

@@ -31,19 +31,21 @@ BLOCK = 1024
 MAX_WORDS = 3
 
 
-def _make_keys() -> list[Array]:
-    """Random keys from splitmix64: the same on every machine and under every numpy."""
-    keys, state = np.empty((MAX_WORDS, BLOCK // 2), np.uint64), 0
-    for word, pair in np.ndindex(keys.shape):
-        state = (state + 0x9E3779B97F4A7C15) % 2**64
+def block_keys(word: int) -> Array:
+    """Return uint32 [BLOCK], the two halves of every pair's key, for one of the words.
+
+    Random from splitmix64: the same on every machine and under every numpy.
+    """
+    keys = np.empty(BLOCK // 2, np.uint64)
+    for pair in range(keys.size):
+        state = (word * keys.size + pair + 1) * 0x9E3779B97F4A7C15 % 2**64
         mixed = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
         mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
-        keys[word, pair] = mixed ^ (mixed >> 31)
-    return [readonly(row.view(np.uint32)) for row in keys]
+        keys[pair] = mixed ^ (mixed >> 31)
+    return readonly(keys.view(np.uint32))
 
 
-#: uint32 [BLOCK] each: the two halves of every pair's key.
-_KEYS_A, _KEYS_B, _KEYS_C = _make_keys()
+_KEYS_A, _KEYS_B, _KEYS_C = (block_keys(word) for word in range(MAX_WORDS))
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 #: In place of a moment that the optimizer does not have; writeable as those are: another type is another compilation.

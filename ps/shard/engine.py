@@ -15,11 +15,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
 from ps.config import RunConfig
 from ps.errors import MismatchError, NotServing, PsError, WaitTimeout
 from ps.kernels import reduce as kernels
+from ps.kernels.digest import hash_payload
 from ps.kernels.update import Update
 from ps.shard import metrics
 from ps.shard.protocol import Accepted, StepProtocol, StepShape
@@ -216,7 +216,7 @@ class ShardEngine:
         Raises:
             Refusal: by name; nothing has changed.
         """
-        payload_hash = header.hash if shared else xxhash.xxh3_64_digest(payload)
+        payload_hash = header.hash if shared else hash_payload(payload)
         with self.lock:
             if self.protocol.is_early(header):
                 # Its worker has every weight of the next version, and was faster than the decision that opens it.
@@ -241,7 +241,7 @@ class ShardEngine:
         Raises:
             Refusal: by name; nothing has changed.
         """
-        payload_hash = xxhash.xxh3_64_digest(payload)
+        payload_hash = hash_payload(payload)
         with self.lock:
             chunk, new = self.protocol.initialize(header, payload, payload_hash)
             if not new:

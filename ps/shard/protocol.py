@@ -141,7 +141,7 @@ class StepProtocol:
         """Take one chunk of a contribution, or refuse it by name without touching anything.
 
         Args:
-            payload_hash: XXH3-64 of the payload as it arrived.
+            payload_hash: `hash_payload` of the payload as it arrived.
         """
         self.check(header)
         if self._initial is not None:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from ps.config import RunConfig, validate
 from ps.coordinator.decision import TrainingState, after, decide
 from ps.errors import PsError
 from ps.kernels.convert import encode
+from ps.kernels.digest import hash_payload
 from ps.shard.engine import Outbox, ShardEngine
 from ps.shard.exchange import Exchange
 from ps.shard.snapshot import SnapshotTarget
@@ -143,7 +143,7 @@ class Rig:
         for run in chunk.runs:
             values[run.start : run.stop] = generator.standard_normal(run.stop - run.start, dtype=np.float32)
         payload = values.data.cast("B")
-        return Initialize(**self.who(), chunk=chunk.index, hash=xxhash.xxh3_64_digest(payload)), payload
+        return Initialize(**self.who(), chunk=chunk.index, hash=hash_payload(payload)), payload
 
     def gradient(self, step: int, contribution: int, chunk: Chunk) -> np.ndarray:
         """A gradient in the wire dtype, of so wide a range that sums have to round, zero in the padding."""
@@ -175,7 +175,7 @@ class Rig:
             slots=self.slots(contribution),
             loss_scale=self.state.scaler.scale,
             dtype=str(self.dtype),
-            hash=xxhash.xxh3_64_digest(payload),
+            hash=hash_payload(payload),
             present=((1 << len(chunk.runs)) - 1).to_bytes(chunk.presence_bytes, "little"),
             loss_sum=0.5 + contribution,
             tokens=10 + contribution,

@@ -11,10 +11,10 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
-import xxhash
 
 from protos.ps.v1.frame_pb2 import Frame
 from ps.errors import PsError, Refusal
+from ps.kernels.digest import hash_payload
 from ps.shard import metrics
 from ps.shard.exchange import Exchange
 from ps.types import Fence
@@ -88,7 +88,7 @@ def flipped(payload: memoryview) -> memoryview:
 
 
 def hashed(header: Push, payload: bytes) -> tuple[Push, memoryview]:
-    return replace(header, hash=xxhash.xxh3_64_digest(payload)), memoryview(payload)
+    return replace(header, hash=hash_payload(payload)), memoryview(payload)
 
 
 WRONG = {

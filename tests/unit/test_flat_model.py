@@ -56,7 +56,7 @@ def gradient(flat: FlatModel, plan: Plan, slots: int) -> tuple[np.ndarray, list[
     """The encoded gradient of the only chunk, and its presence bits."""
     (chunk,) = plan.chunks
     room = np.zeros(chunk.size, np.float32)
-    present = flat.encode(chunk, slots, room)
+    present = flat.encode(chunk, slots, room).present
     return room, [bool(present[run // 8] >> run % 8 & 1) for run in range(len(chunk.runs))]
 
 

@@ -11,13 +11,21 @@ import pytest
 import torch
 
 from ps.errors import StartupError
-from ps.kernels import convert, hashing, jit, reduce, update
+from ps.kernels import convert, digest, hashing, jit, reduce, update
 from ps.kernels.compile import cache_directory, check_denormals, warm_up, warm_up_worker
 from ps.types import WireDtype
 from tests.unit import test_kernels_reduce as reduce_tests
 from tests.unit import test_kernels_update as update_tests
 
-DISPATCHERS = (convert._encode, convert._decode, reduce._fold, reduce._reduce, update._apply, hashing._hash_chunk)
+DISPATCHERS = (
+    convert._encode,
+    convert._decode,
+    digest._hash_payload,
+    reduce._fold,
+    reduce._reduce,
+    update._apply,
+    hashing._hash_chunk,
+)
 
 
 def run_python(code: str, **environment: str) -> str:

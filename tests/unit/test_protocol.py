@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import xxhash
 
 from ps.errors import DecisionRejected, NotServing, PsError, StaleFence, StepNotOpen, WrongLossScale
+from ps.kernels.digest import hash_payload
 from ps.shard.protocol import Accepted, StepProtocol, StepShape
 from ps.shard.reduction import ReduceJob
 from ps.sharding import Chunk, make_plan
@@ -47,7 +47,7 @@ def header_of(protocol: StepProtocol, contribution: int, chunk: Chunk, payload: 
         slots=2,
         loss_scale=protocol.loss_scale,
         dtype="fp16",
-        hash=xxhash.xxh3_64_digest(payload),
+        hash=hash_payload(payload),
         present=b"\x01",
         loss_sum=1.0,
         tokens=1,
@@ -257,7 +257,7 @@ def test_initial_values() -> None:
         with pytest.raises(NotServing, match="initial values"):
             push(protocol, 0, chunk)
         payload = memoryview(bytes(4 * chunk.size))
-        digest = xxhash.xxh3_64_digest(payload)
+        digest = hash_payload(payload)
         header = Initialize("run", FENCE.term, FENCE.epoch, 0, 1, chunk.index, digest)
         assert protocol.initialize(header, payload, digest) == (chunk, True)
         assert protocol.initialized(chunk) == (position == 2)

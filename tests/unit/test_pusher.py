@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import xxhash
 
 from ps.client import pusher as pusher_module
-from ps.client.pusher import Contribution, Pusher
+from ps.client.pusher import Contribution, Encoded, Pusher
 from ps.errors import WaitTimeout
+from ps.kernels.digest import hash_payload
 from ps.sharding import Chunk, Run, make_plan
 from ps.types import SEGMENT
 from ps.wire import frame
@@ -73,7 +73,7 @@ class Encoder:
         self.error: Exception | None = None
         self.presence = b"\x01"
 
-    def encode(self, chunk: Chunk, slots: int, room: np.ndarray) -> bytes:
+    def encode(self, chunk: Chunk, slots: int, room: np.ndarray) -> Encoded:
         before = self.value
         self.reading.set()
         assert self.allowed.wait(TIMEOUT_S)
@@ -83,7 +83,7 @@ class Encoder:
         assert self.value == before, "the gradient was changed while it was read"
         room[:] = before * slots
         self.read.append(chunk.index)
-        return self.presence
+        return Encoded(hash_payload(room), self.presence)
 
     def discard(self) -> None:
         self.discarded += 1
@@ -161,7 +161,7 @@ def test_chunks_go_in_the_order_in_which_they_are_ready(bench: Bench) -> None:
             slots=2,
             loss_scale=1024.0,
             dtype="fp16",
-            hash=xxhash.xxh3_64_digest(payload),
+            hash=hash_payload(payload),
             present=b"\x01",
             loss_sum=1.5,
             tokens=11,
@@ -214,7 +214,7 @@ def test_places_are_told_of_together_while_the_stream_is_busy(bench: Bench) -> N
         for push, place in header.pushes():
             written = bench.places[shard].memory[push.chunk]
             assert place == 64 * push.chunk
-            assert push.hash == xxhash.xxh3_64_digest(written.data)
+            assert push.hash == hash_payload(written)
             assert written[0] == 2
 
 

@@ -20,6 +20,7 @@ from ps import pages
 from ps.config import PrecisionConfig
 from ps.errors import ConfigError
 from ps.kernels.convert import decode, encode
+from ps.kernels.digest import hash_payload
 from ps.types import WireDtype
 
 _TORCH = {WireDtype.FP16: torch.float16, WireDtype.BF16: torch.bfloat16, WireDtype.FP32: torch.float32}
@@ -131,8 +132,8 @@ class Mover(Protocol):
     def write(self, payload: Array, target: torch.Tensor) -> None:
         """Convert wire elements into `target` (1-D, on the device), which nothing asked for until now reads late."""
 
-    def read(self, source: torch.Tensor, divisor: int, room: Array, ready: Mark) -> None:
-        """Write `source` / divisor, rounded once, into `room` in the wire dtype, as it is at `ready`."""
+    def read(self, source: torch.Tensor, divisor: int, room: Array, ready: Mark) -> bytes:
+        """Write `source` / divisor, rounded once, as it is at `ready`, into `room` in the wire dtype; hash `room`."""
 
 
 def mover(device: torch.device, wire: WireDtype, chunk_elements: int) -> Mover:
@@ -162,12 +163,12 @@ class HostMover:
         else:
             target.copy_(_tensor(payload, self._wire))
 
-    def read(self, source: torch.Tensor, divisor: int, room: Array, ready: Mark) -> None:
+    def read(self, source: torch.Tensor, divisor: int, room: Array, ready: Mark) -> bytes:
         del ready
         if source.dtype is torch.float32:
-            encode(source.numpy(), divisor, self._wire, room)
-        else:
-            _tensor(room, self._wire).copy_(source if divisor == 1 else source.float() / divisor)
+            return encode(source.numpy(), divisor, self._wire, room)
+        _tensor(room, self._wire).copy_(source if divisor == 1 else source.float() / divisor)
+        return hash_payload(room)
 
 
 class PlainMover:
@@ -185,10 +186,11 @@ class PlainMover:
     def write(self, payload: Array, target: torch.Tensor) -> None:
         target.copy_(_tensor(payload, self._wire))
 
-    def read(self, source: torch.Tensor, divisor: int, room: Array, ready: Mark) -> None:
+    def read(self, source: torch.Tensor, divisor: int, room: Array, ready: Mark) -> bytes:
         del ready
         converted = source if divisor == 1 else source.float() / divisor
         _tensor(room, self._wire).copy_(converted.to(_TORCH[self._wire]))
+        return hash_payload(room)
 
 
 class CudaMover:
@@ -225,7 +227,7 @@ class CudaMover:
                 target.copy_(staging, non_blocking=True)
             event.record(self._down)
 
-    def read(self, source: torch.Tensor, divisor: int, room: Array, ready: Mark) -> None:
+    def read(self, source: torch.Tensor, divisor: int, room: Array, ready: Mark) -> bytes:
         with self._reads.take(source.numel()) as (staging, event):
             if ready is not None:
                 self._up.wait_event(ready)
@@ -235,6 +237,7 @@ class CudaMover:
             event.record(self._up)
             event.synchronize()
             _tensor(room, self._wire).copy_(staging)
+        return hash_payload(room)
 
 
 class _Staging:

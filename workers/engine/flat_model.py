@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ps.client.pusher import Encoded
 from ps.errors import ConfigError
 from ps.sharding import Chunk, Plan, presence_map
 from ps.types import WireDtype
@@ -212,11 +213,12 @@ class FlatModel:
 
     # -- Source ---------------------------------------------------------------------------------
 
-    def encode(self, chunk: Chunk, slots: int, room: Array) -> bytes:
-        """Write a chunk of the gradient into `room`; returns the presence map of its runs."""
+    def encode(self, chunk: Chunk, slots: int, room: Array) -> Encoded:
+        """Write a chunk of the gradient into `room`."""
         ready = self._ready.get(chunk.index, self._rest)
-        self._mover.read(self.gradients[chunk.start : chunk.stop], slots if self._divide else 1, room, ready)
-        return presence_map(chunk, self._touched)
+        gradient = self.gradients[chunk.start : chunk.stop]
+        digest = self._mover.read(gradient, slots if self._divide else 1, room, ready)
+        return Encoded(digest, presence_map(chunk, self._touched))
 
     def discard(self) -> None:
         """Give back what the gradients take: the weights that are coming need room on their way."""
