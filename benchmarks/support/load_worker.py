@@ -19,6 +19,7 @@ from ps.client.client import ParameterClient
 from ps.client.duty import Duty
 from ps.client.grpc_transport import GrpcTransport
 from ps.client.links import Inbox, Said
+from ps.client.pusher import Encoded
 from ps.client.shared import Sharing
 from ps.config import from_json
 from ps.errors import PsError
@@ -58,9 +59,9 @@ class FlatArrays:
         self.gradients *= np.float32(1e-3)
         self._wire = wire
 
-    def encode(self, chunk: Chunk, slots: int, room: Array) -> bytes:
-        encode(self.gradients[chunk.start : chunk.stop], slots, self._wire, room)
-        return ((1 << len(chunk.runs)) - 1).to_bytes(chunk.presence_bytes, "little")
+    def encode(self, chunk: Chunk, slots: int, room: Array) -> Encoded:
+        digest = encode(self.gradients[chunk.start : chunk.stop], slots, self._wire, room)
+        return Encoded(digest, ((1 << len(chunk.runs)) - 1).to_bytes(chunk.presence_bytes, "little"))
 
     def decode(self, chunk: Chunk, payload: Array) -> None:
         decode(payload, self._wire, self.weights[chunk.start : chunk.stop])
