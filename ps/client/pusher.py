@@ -28,6 +28,8 @@ from ps.wire.messages import Push, PushPlaced
 
 #: One chunk takes at most so long: a shard that hangs is given up by the links before.
 SETTLE_S = 3 * STALL_S
+#: So many places are told of at once while there are more to come: a frame costs as much as encoding half a chunk.
+TOGETHER = 4
 #: Places are told of before they take more of a header than this; each takes so much beside its presence map.
 _TELL_BYTES, _PLACE_BYTES = frame.MAX_HEADER_BYTES // 2, 32
 
@@ -253,7 +255,8 @@ class Pusher:
         untold.chunks.append([job.chunk.index, place, *encoded])
         untold.num_bytes += room.nbytes
         untold.header_bytes += _PLACE_BYTES + len(encoded.present)
-        if untold.header_bytes > _TELL_BYTES or self._links.has_room(shard):
+        together = len(untold.chunks) >= TOGETHER and self._links.has_room(shard)
+        if together or untold.header_bytes > _TELL_BYTES:
             self._tell(shard)
 
     def _tell(self, shard: int) -> None:

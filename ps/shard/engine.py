@@ -79,8 +79,9 @@ class ShardEngine:
         self.lock = threading.RLock()
         #: Notified when another step is open.
         self._opened = threading.Condition(self.lock)
-        #: Streams that wait for weights; each has a condition over `lock`.
-        self.waiting: set[threading.Condition] = set()
+        #: Streams that wait, each with a condition over `lock`, and how many chunks the open step must have published
+        #: before one has something to send; None: that is not what it waits for.
+        self.waiting: dict[threading.Condition, int | None] = {}
         self.has_state = False
         #: A checkpoint is in place, and becomes the state when the coordinator says so.
         self._loaded = False
@@ -101,10 +102,18 @@ class ShardEngine:
         self._await_snapshots(0)
 
     def _wake(self) -> None:
-        """Weights may have come that a stream waits for; called with the lock held."""
+        """Any stream may have something to send; called with the lock held."""
         for stream in self.waiting:
             stream.notify()
         self.waiting.clear()
+
+    def _wake_for_weights(self) -> None:
+        """Streams may have enough of the open step to send; called with the lock held."""
+        there = len(self.store.news)
+        for stream, needed in list(self.waiting.items()):
+            if needed is not None and needed <= there:
+                stream.notify()
+                del self.waiting[stream]
 
     # -- Control --------------------------------------------------------------------------------
 
@@ -299,7 +308,8 @@ class ShardEngine:
             closing = self.protocol.deciding
             if self.protocol.published(chunk) and closing is not None:
                 self._close_step(closing)
-            self._wake()
+            else:
+                self._wake_for_weights()
 
     def _begin_update(self, decision: Decision, chunk: Chunk) -> np.ndarray | None:
         """Wait until a chunk may change; returns which of its runs do. None: it must not, by this decision."""

@@ -42,6 +42,10 @@ from ps.wire.messages import (
 
 log = logging.getLogger(__name__)
 
+#: So many chunks in shared memory are told of at once, but for the first and the last ones: a frame costs two
+#: processes as much as converting half of such a chunk.
+TOGETHER = 4
+
 
 @dataclass
 class _Cursor:
@@ -193,10 +197,10 @@ class Exchange:
             with self._engine.lock:
                 reply = self._next()
                 while reply is None and not self._closed:
-                    self._engine.waiting.add(self._changed)
+                    self._engine.waiting[self._changed] = self._weights_needed()
                     self._changed.wait()
                     reply = self._next()
-                self._engine.waiting.discard(self._changed)
+                self._engine.waiting.pop(self._changed, None)
             if reply is None:
                 return
             self._bytes.sent.inc(len(reply))
@@ -219,6 +223,14 @@ class Exchange:
             self._cursor = self._answered = None
             metrics.REFUSED_FRAMES.labels(refusal.code).inc()
             return frame.encode(Refused(refusal.code, refusal.message, cursor.request.version, -1, -1).pack())
+
+    def _weights_needed(self) -> int | None:
+        """How many chunks must be published in the open step before there is something to send."""
+        cursor = self._cursor
+        if cursor is None:
+            return None
+        batched = self._sharing.ready and cursor.sent >= 0
+        return cursor.seen + (min(TOGETHER, len(cursor.waiting)) if batched else 1)
 
     def _sending(self) -> AbstractContextManager[None]:
         """What a frame's way out costs, in a timeline."""

@@ -188,7 +188,7 @@ def test_nothing_piles_up(shard: Rig) -> None:
         shard.run_step()
         assert store._before == {}
         assert store.news == []
-    assert shard.engine.waiting == set()
+    assert shard.engine.waiting == {}
 
 
 # -- Pushes of the next step --------------------------------------------------------------------
