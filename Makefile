@@ -13,7 +13,7 @@ GRPCIO_TOOLS := 1.76.0
 .PHONY: help setup train test e2e-compose check lint types imports protos protos-check format bench bench-check bench-baseline clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(STAMP)  ## Make the virtual environment and install everything
 

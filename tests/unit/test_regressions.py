@@ -62,7 +62,7 @@ def test_elsewhere_the_bounds_stand_in() -> None:
 
 
 def test_figures_are_medians() -> None:
-    runs = [checks(speed=speed, cost=1.0) for speed in (2.0, 9.0, 3.00049)]
+    runs = [checks(speed=speed, cost=1.0) for speed in (2.1, 9.0, 3.00049)]
     assert median_of(runs) == {"speed": Figure(3.0, True), "cost": Figure(1.0, False)}
 
 
