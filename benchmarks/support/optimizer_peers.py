@@ -9,6 +9,7 @@ comes too late to clip.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,9 @@ import torch
 
 from benchmarks.support.optimizer_passes import GRADIENTS, LOSS_SCALE, LR, OPTIMIZER, Pass, Problem
 
-#: Elements of a piece: 5.5 MiB of everything that the step touches, 1 MiB of each FP32 array.
-PIECE = 256 * 1024
+#: Elements of a piece: 1.4 MiB of everything that the step touches, which an L2 cache of 2 MiB holds. Of 16 to 256 Ki
+#: the best for the peers.
+PIECE = 64 * 1024
 UNSCALE = 1 / (GRADIENTS * LOSS_SCALE)
 STEP = 10.0
 CLIP_NORM = 1.0
@@ -40,6 +42,10 @@ class Tensors:
         self.mean.copy_(self.gradients[0])
         for gradient in self.gradients[1:]:
             self.mean.add_(gradient)
+
+    def square_sum(self) -> torch.Tensor:
+        """BLAS: `torch.linalg.vector_norm` takes up to four times as long, in some processes and not in others."""
+        return torch.dot(self.mean, self.mean)
 
     def publish(self) -> None:
         self.half.copy_(self.weights)
@@ -89,7 +95,7 @@ def _one_pass(parts: list[Tensors], update: Step, *, norm: bool = False) -> Pass
             part.add_up()
             part.mean.mul_(UNSCALE)
             if norm:
-                torch.linalg.vector_norm(part.mean)
+                part.square_sum()
             update(part)
             part.publish()
 
@@ -98,11 +104,11 @@ def _one_pass(parts: list[Tensors], update: Step, *, norm: bool = False) -> Pass
 
 def _two_passes(parts: list[Tensors], update: Step) -> Pass:
     def run() -> None:
-        norms = []
+        square_sums = []
         for part in parts:
             part.add_up()
-            norms.append(torch.linalg.vector_norm(part.mean))
-        norm = UNSCALE * float(torch.linalg.vector_norm(torch.stack(norms)))
+            square_sums.append(part.square_sum())
+        norm = UNSCALE * math.sqrt(torch.stack(square_sums).sum())
         factor = UNSCALE / max(1.0, norm / CLIP_NORM)
         for part in parts:
             part.mean.mul_(factor)
