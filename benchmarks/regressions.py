@@ -20,6 +20,7 @@ from typing import Any
 from benchmarks.support.baseline import (
     TOLERANCE,
     Baseline,
+    Measured,
     Outcome,
     bounds_of,
     compare,
@@ -65,10 +66,11 @@ def check(name: str, baselines: list[Baseline]) -> tuple[list[Outcome], str]:
     """Hold a benchmark against its figures, with a second try; returns also whose figures they are."""
     found = measure(name)
     baseline = next((one for one in baselines if one.is_of(found["hardware"])), None)
-    if baseline is None or name not in baseline.figures:
+    if baseline is None or name not in baseline.benchmarks:
         figures, whose = bounds_of(found["checks"]), f"the bounds: none of a {found['hardware']['cpu']} are committed"
     else:
-        figures, whose = baseline.figures[name], f"of {baseline.date}"
+        kept = baseline.benchmarks[name]
+        figures, whose = kept.figures, f"of {kept.date}"
     outcomes = compare(figures, [found["checks"]])
     if not all(outcome.ok for outcome in outcomes):
         outcomes = compare(figures, [found["checks"], measure(name)["checks"]])
@@ -78,12 +80,13 @@ def check(name: str, baselines: list[Baseline]) -> tuple[list[Outcome], str]:
 def write_baseline(names: list[str], runs: int) -> None:
     """Replace this kind of hardware's figures by medians; the benchmarks take turns."""
     found = [{name: measure(name) for name in names} for _ in range(runs)]
-    latest = found[-1][names[0]]
+    hardware = found[-1][names[0]]["hardware"]
     before = read(BASELINE)
-    figures = next((one.figures for one in before if one.is_of(latest["hardware"])), {})
-    figures = figures | {name: median_of([run[name]["checks"] for run in found]) for name in names}
-    hardware = latest["hardware"]
-    mine = Baseline(hardware["cpu"], hardware["cores"], latest["date"], latest["versions"], figures)
+    benchmarks = next((one.benchmarks for one in before if one.is_of(hardware)), {}) | {
+        name: Measured(latest["date"], latest["versions"], median_of([run[name]["checks"] for run in found]))
+        for name, latest in found[-1].items()
+    }
+    mine = Baseline(hardware["cpu"], hardware["cores"], benchmarks)
     write(BASELINE, [*[one for one in before if not one.is_of(hardware)], mine])
     print(f"written to {BASELINE}")
 

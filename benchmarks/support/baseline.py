@@ -34,10 +34,6 @@ class Figure:
         return measured / self.value if self.rises else self.value / measured
 
 
-#: By benchmark and name of the check.
-Figures = dict[str, dict[str, Figure]]
-
-
 def rises(check: Mapping[str, Any]) -> bool:
     """Tell whether a check's bound is one from below: that is how it came out as it did."""
     return bool(check["ok"]) == (check["value"] > check["bound"])
@@ -91,27 +87,33 @@ def compare(figures: Mapping[str, Figure], runs: list[Checks]) -> list[Outcome]:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A benchmark's figures by name of the check, when they were measured, and with which versions."""
+
+    date: str
+    versions: dict[str, str]
+    figures: dict[str, Figure]
+
+
+@dataclass(frozen=True)
 class Baseline:
-    """The figures of one kind of hardware."""
+    """What was measured on one kind of hardware, by benchmark."""
 
     cpu: str
     cores: int
-    #: When, and with which versions, they were measured.
-    date: str
-    versions: dict[str, str]
-    figures: Figures
+    benchmarks: dict[str, Measured]
 
     def is_of(self, hardware: Mapping[str, Any]) -> bool:
         return (self.cpu, self.cores) == (hardware["cpu"], hardware["cores"])
 
 
 def read(path: Path) -> list[Baseline]:
+    def measured(entry: dict[str, Any]) -> Measured:
+        figures = {name: Figure(**figure) for name, figure in entry["figures"].items()}
+        return Measured(**entry | {"figures": figures})
+
     def built(entry: dict[str, Any]) -> Baseline:
-        figures = {
-            benchmark: {name: Figure(**figure) for name, figure in checks.items()}
-            for benchmark, checks in entry["figures"].items()
-        }
-        return Baseline(**entry | {"figures": figures})
+        return Baseline(**entry | {"benchmarks": {name: measured(one) for name, one in entry["benchmarks"].items()}})
 
     return [built(entry) for entry in json.loads(path.read_text())] if path.exists() else []
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.support import baseline
-from benchmarks.support.baseline import Baseline, Figure, bounds_of, compare, median_of, rises
+from benchmarks.support.baseline import Baseline, Figure, Measured, bounds_of, compare, median_of, rises
 
 
 def checks(**values: float) -> list[dict[str, Any]]:
@@ -69,10 +69,8 @@ def test_figures_are_medians() -> None:
 def test_a_baseline_is_kept_for_each_kind_of_hardware(tmp_path: Path) -> None:
     path = tmp_path / "baseline.json"
     assert baseline.read(path) == []
-    kinds = [
-        Baseline(cpu, 2, "2026-11-23", {"numba": "1"}, {"optimizer": {"cost": Figure(1.0, False)}})
-        for cpu in ("a", "b")
-    ]
+    measured = Measured("2026-11-23", {"numba": "1"}, {"cost": Figure(1.0, False)})
+    kinds = [Baseline(cpu, 2, {"optimizer": measured}) for cpu in ("a", "b")]
     baseline.write(path, kinds)
     assert baseline.read(path) == kinds
     assert kinds[0].is_of({"cpu": "a", "cores": 2, "system": "any"})
