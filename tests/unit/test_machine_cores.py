@@ -7,10 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from protos.ps.v1 import shard_pb2
 from ps import machine
 from ps.coordinator.members import Members, MemberState
+from ps.shard import engine
+from ps.shard.service import ShardHost
 from ps.shard.threads import MAX_THREADS, kernel_threads
 from ps.types import Role
+from ps.wire.proto import to_proto
+from tests.support.shards import FENCE, TABLE, make_config
 
 
 @pytest.mark.parametrize(
@@ -68,3 +73,29 @@ def test_shards_are_counted_by_machine() -> None:
         members.admit(MemberState(Role.SHARD, rank, 1, machine=name), 0.0)
     members.admit(MemberState(Role.WORKER, 0, 1, machine="a"), 0.0)
     assert [members.shards_beside(rank) for rank in range(4)] == [2, 1, 2, 1]
+
+
+@pytest.mark.parametrize(("shards_here", "threads"), [(0, 2), (1, 2), (4, 1)])
+def test_the_coordinator_tells_a_shard_who_shares_its_cores(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shards_here: int, threads: int
+) -> None:
+    monkeypatch.setattr(engine, "available_cores", lambda: 4)
+    engines: list[engine.ShardEngine] = []
+    config = make_config(tmp_path, cluster={"shards": 1, "threads_per_shard": "auto"})
+    ShardHost(0, 7, engines.append).configure(
+        shard_pb2.ConfigureRequest(
+            action=shard_pb2.ConfigureRequest.INSPECT,
+            fence=to_proto(FENCE),
+            run="run",
+            shard=0,
+            num_shards=1,
+            table=TABLE.packed(),
+            job=config.model_dump_json(),
+            contributions=2,
+            shards_on_machine=shards_here,
+        )
+    )
+    (made,) = engines
+    made.close()
+    assert len(made.chunks) == 2
+    assert made.threads == threads
