@@ -10,10 +10,10 @@ PROTO_VENV ?= .venv-protos
 GRPCIO_TOOLS := 1.76.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test e2e-compose check lint types imports protos protos-check format bench clean
+.PHONY: help setup train test e2e-compose check lint types imports protos protos-check format bench bench-check bench-baseline clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 setup: $(STAMP)  ## Make the virtual environment and install everything
 
@@ -66,11 +66,18 @@ format: setup  ## Format the code
 	$(BIN)/ruff format .
 
 bench: setup  ## Run the benchmarks; each prints a table and writes JSON
+	PYTHONPATH=. $(BIN)/python benchmarks/bench_optimizer.py
 	PYTHONPATH=. $(BIN)/python benchmarks/bench_transport.py
 	PYTHONPATH=. $(BIN)/python benchmarks/bench_exchange.py
 	PYTHONPATH=. $(BIN)/python benchmarks/bench_network.py
 	PYTHONPATH=. $(BIN)/python benchmarks/bench_scaling.py
 	PYTHONPATH=. $(BIN)/python benchmarks/bench_memory.py
+
+bench-check: setup  ## Run short benchmarks; fail when a ratio has fallen below 0.8 of its committed figure
+	PYTHONPATH=. $(BIN)/python benchmarks/regressions.py
+
+bench-baseline: setup  ## Make what short benchmarks measure now the committed figures
+	PYTHONPATH=. $(BIN)/python benchmarks/regressions.py --write
 
 clean:  ## Remove what the targets made, but no run
 	rm -rf $(VENV) $(PROTO_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

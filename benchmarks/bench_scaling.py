@@ -7,8 +7,9 @@ whose gradients are there already. Each part holds one thing against another in 
     tensors     the same, 50M in 10,000 tensors against 50M in 100
     workers     16 workers with C = 16 against 2 with C = 2: 8 times the bytes
     shards      2 and 4 against 1: the work is the same, on a machine with fewer cores than processes
+    threads     2 kernel threads of a shard against 1, 50M; threads-shm: through shared memory
 
-    python benchmarks/bench_scaling.py [--parts parameters,tensors,workers,shards] [--rounds 5] [--short] [--json FILE]
+    python benchmarks/bench_scaling.py [--parts parameters,tensors,...] [--rounds 5] [--short] [--json FILE]
 """
 
 from __future__ import annotations
@@ -35,11 +36,15 @@ class Case:
     tensors: int | None = None
     workers: int = 2
     shards: int = 1
+    #: Kernel threads of each shard.
+    threads: int = 1
+    transport: str = "grpc"
 
     def seconds(self, steps: int) -> float:
         """The median step."""
         layout, load = Layout.here(self.shards, self.workers), Load(self.parameters, self.tensors)
-        return statistics.median(step_seconds(run_load(layout, load, steps)))
+        how = (f"cluster.threads_per_shard={self.threads}", f"launch.transport={self.transport}")
+        return statistics.median(step_seconds(run_load(layout, load, steps, *how)))
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,12 @@ PARTS = {
         tuple(Case(10 * MILLION, workers=workers) for workers in (2, 16)), 8.8, "16 workers against 2, 10M"
     ),
     "shards": Part(tuple(Case(10 * MILLION, shards=shards) for shards in (1, 2, 4)), None, "4 shards against 1, 10M"),
+    "threads": Part(tuple(Case(50 * MILLION, threads=threads) for threads in (1, 2)), None, "2 threads against 1, 50M"),
+    "threads-shm": Part(
+        tuple(Case(50 * MILLION, threads=threads, transport="shm") for threads in (1, 2)),
+        None,
+        "2 threads against 1, 50M, shared memory",
+    ),
 }
 
 
@@ -83,6 +94,7 @@ def measure(name: str, part: Part, rounds: int, steps: int, report: Report) -> N
             case.tensors or "-",
             case.workers,
             case.shards,
+            case.threads,
             middle,
             min(seconds),
             max(seconds),
@@ -115,8 +127,8 @@ def main() -> None:
     rounds, steps = (2, 5) if arguments.short else (arguments.rounds, arguments.steps)
     # So that the clusters are taken down.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    columns = ["part", "parameters, M", "tensors", "workers", "shards", "median s", "min s", "max s", "ns/param"]
-    report = Report("scaling", [*columns, "against the first"])
+    columns = ["part", "parameters, M", "tensors", "workers", "shards", "threads", "median s", "min s", "max s"]
+    report = Report("scaling", [*columns, "ns/param", "against the first"])
     for name in names:
         measure(name, PARTS[name], rounds, steps, report)
     report.finish(arguments.json)

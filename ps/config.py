@@ -65,8 +65,9 @@ class ClusterConfig(Section):
     """Shard processes."""
     workers: int = Field(2, ge=1, le=4096)
     """Worker processes at the start; more may join and any may leave."""
-    threads_per_shard: int = Field(1, ge=1, le=256)
-    """Kernel threads in each shard. Results do not depend on it."""
+    threads_per_shard: AutoInt = Field(None, ge=1, le=256)
+    """Kernel threads in each shard. auto: the cores of its host, shared among the run's shards there. Results do not
+    depend on it."""
 
 
 class BatchConfig(Section):

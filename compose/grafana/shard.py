@@ -71,7 +71,8 @@ PANELS = (
     ),
     Panel(
         "Kernel threads at work",
-        "Kernel seconds per second, by shard: at cluster.threads_per_shard nothing is left.",
+        "Kernel seconds per second, by shard, and its threads (cluster.threads_per_shard): where they meet nothing is "
+        "left.",
         "none",
         (
             Query(
@@ -79,6 +80,7 @@ PANELS = (
                 f" + sum by (run, rank) (rate(windlass_apply_seconds_sum{RUN}{RATE}))",
                 BY_SHARD,
             ),
+            Query(f"windlass_kernel_threads{RUN}", f"{BY_SHARD}: threads"),
         ),
         defaults={"min": 0},
     ),

@@ -243,6 +243,7 @@ class Effects:
             contributions=machine.history.contributions,
             checkpoint=action.checkpoint,
             manifest_sha256=action.manifest_sha256,
+            shards_on_machine=machine.members.shards_beside(action.shard),
         )
         if action.control is actions.Control.LOAD:
             if self._nonce is None:

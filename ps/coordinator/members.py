@@ -19,6 +19,8 @@ class MemberState:
     host: str = ""
     address: str = ""
     metrics_address: str = ""
+    #: The same for all members on one machine; empty: not known.
+    machine: str = ""
     connected: bool = False
     #: Has been connected in this life.
     met: bool = False
@@ -106,6 +108,12 @@ class Members:
 
     def live_workers(self) -> list[int]:
         return [member.rank for member in self.of(Role.WORKER) if member.live]
+
+    def shards_beside(self, rank: int) -> int:
+        """Count the shards on the machine of a shard, that one included."""
+        shards = self.of(Role.SHARD)
+        machine = next((shard.machine for shard in shards if shard.rank == rank), "")
+        return max(1, sum(shard.machine == machine for shard in shards)) if machine else 1
 
     def missing_shards(self) -> list[int]:
         present = {member.rank for member in self.of(Role.SHARD) if member.live}

@@ -219,6 +219,7 @@ def _member(message: common_pb2.Member) -> MemberState:
         _printable(message.host),
         _printable(message.address),
         _printable(message.metrics_address),
+        _printable(message.machine),
         ready=role is Role.SHARD,
     )
 

@@ -16,6 +16,7 @@ from ps.config import RunConfig, from_json
 from ps.errors import NotServing, PsError, StaleFence
 from ps.kernels.compile import check_denormals, warm_up
 from ps.kernels.update import Update
+from ps.machine import machine_name
 from ps.shard.doing import describe
 from ps.shard.engine import Outbox, ShardEngine
 from ps.shard.service import SERVICE, ShardHost, ShardServicer
@@ -73,6 +74,7 @@ class ShardApp:
             incarnation=incarnation,
             pid=os.getpid(),
             host=socket.gethostname(),
+            machine=machine_name(),
             address=f"{reachable(listen, advertise)}:{port}",
             metrics_address=(
                 f"{reachable(metrics_listen, advertise)}:{serve_metrics(metrics_listen)}" if metrics_listen else ""

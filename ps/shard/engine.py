@@ -21,11 +21,13 @@ from ps.errors import MismatchError, NotServing, PsError, WaitTimeout
 from ps.kernels import reduce as kernels
 from ps.kernels.digest import hash_payload
 from ps.kernels.update import Update
+from ps.machine import available_cores
 from ps.shard import metrics
 from ps.shard.protocol import Accepted, StepProtocol, StepShape
 from ps.shard.reduction import ChunkReduction, FoldJob, ReductionJob
 from ps.shard.snapshot import Snapshot, SnapshotTarget
 from ps.shard.store import Store
+from ps.shard.threads import kernel_threads
 from ps.sharding import Chunk, Plan, make_plan
 from ps.storage.layout import checkpoint_folder
 from ps.storage.manifest import read_manifest
@@ -61,7 +63,15 @@ class Outbox:
 class ShardEngine:
     """The state and the work of one shard of one run. Thread-safe."""
 
-    def __init__(self, config: RunConfig, run: str, table: ParameterTable, shard: int, contributions: int) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        run: str,
+        table: ParameterTable,
+        shard: int,
+        contributions: int,
+        shards_on_machine: int = 1,
+    ) -> None:
         self.config = config
         self.run = run
         self.plan: Plan = make_plan(table, config.cluster.shards)
@@ -85,7 +95,9 @@ class ShardEngine:
         self.has_state = False
         #: A checkpoint is in place, and becomes the state when the coordinator says so.
         self._loaded = False
-        self._pool = ThreadPoolExecutor(config.cluster.threads_per_shard, thread_name_prefix="kernel")
+        asked, cores = config.cluster.threads_per_shard, available_cores()
+        self.threads = kernel_threads(asked, cores, shards_on_machine, len(self.chunks))
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="kernel")
         self._snapshots: list[Snapshot] = []
         #: How the last snapshots ended, to be told again after a reconnect.
         self._results: dict[int, tuple[SnapshotTarget, ShardFile | PsError]] = {}
@@ -95,6 +107,7 @@ class ShardEngine:
         self._prepared_ns = 0
         self._last_applied: Applied | None = None
         metrics.ELEMENTS.set(self.store.num_elements)
+        metrics.KERNEL_THREADS.set(self.threads)
 
     def close(self) -> None:
         """Stop the kernel threads; pending work is dropped."""
@@ -174,8 +187,8 @@ class ShardEngine:
         Raises:
             WaitTimeout: a kernel does not end; asking again may succeed.
         """
-        barrier = threading.Barrier(self.config.cluster.threads_per_shard + 1)
-        for _ in range(self.config.cluster.threads_per_shard):
+        barrier = threading.Barrier(self.threads + 1)
+        for _ in range(self.threads):
             self._pool.submit(barrier.wait, QUIESCE_S)
         try:
             barrier.wait(QUIESCE_S)

@@ -18,6 +18,7 @@ REDUCE_SECONDS = Histogram("windlass_reduce_seconds", "Reducing or folding one c
 APPLY_SECONDS = Histogram("windlass_apply_seconds", "Updating and publishing one chunk", buckets=KERNEL_S)
 REDUCED_ELEMENTS = Counter("windlass_reduced_elements", "Elements whose contributions were all reduced")
 APPLIED_ELEMENTS = Counter("windlass_applied_elements", "Elements that were updated")
+KERNEL_THREADS = Gauge("windlass_kernel_threads", "Threads that run kernels")
 JOBS_WAITING = Gauge("windlass_kernel_jobs_waiting", "Kernel jobs that wait for a thread")
 SNAPSHOT_FAILURES = Counter("windlass_snapshot_failures", "Checkpoint files that could not be written")
 
@@ -33,6 +34,7 @@ __all__ = [
     "CONFLICTS",
     "ELEMENTS",
     "JOBS_WAITING",
+    "KERNEL_THREADS",
     "PUSHED_FRAMES",
     "RECEIVED_BYTES",
     "REDUCED_ELEMENTS",

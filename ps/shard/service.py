@@ -79,7 +79,9 @@ class ShardHost:
         config = from_json(RunConfig, request.job)
         if config.cluster.shards != request.num_shards:
             raise MismatchError(f"the job has {config.cluster.shards} shards, the coordinator {request.num_shards}")
-        self.engine = ShardEngine(config, request.run, table, self.index, request.contributions)
+        self.engine = ShardEngine(
+            config, request.run, table, self.index, request.contributions, max(1, request.shards_on_machine)
+        )
         self._on_engine(self.engine)
         return self.engine
 

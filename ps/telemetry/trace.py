@@ -6,13 +6,14 @@ which all processes of a host share; `clock_name` tells which one it is.
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
+
+from ps.machine import machine_name
 
 #: Spans that a process keeps, at most; they fit one message to the coordinator.
 MAX_SPANS = 32_768
@@ -152,15 +153,12 @@ OFF = Recorder()
 
 def clock_name() -> str:
     """Which monotonic clock this process has: that of its host since the last boot, and of its time namespace."""
+    machine = machine_name()
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return socket.gethostname()
-    try:
-        return f"{boot} {Path('/proc/self/ns/time').readlink()}"
+        return f"{machine} {Path('/proc/self/ns/time').readlink()}"
     except OSError:
         # The kernel is older than time namespaces.
-        return boot
+        return machine
 
 
 def _thread() -> str:

@@ -130,6 +130,17 @@ def test_overlap_changes_no_bit(
     assert run.digest() == without.digest() == plain(*overrides)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("overrides", [(), EAGER], ids=["decided", "eager"])
+def test_kernel_threads_change_no_bit(
+    make_job: MakeJob, plain: Callable[..., str], overrides: tuple[str, ...], threads: int
+) -> None:
+    """One shard with more chunks than threads: they are reduced and updated at once, in any order."""
+    run = shuffled(make_job, *overrides, *cluster(1, 2, threads))
+    assert len(make_plan(run.manifest().table, 1).chunks) > threads
+    assert run.digest() == plain(*overrides)
+
+
 def make_order_matter(monkeypatch: pytest.MonkeyPatch, up: int, down: int) -> None:
     """Add so much to one contribution and take it from another that whatever is added in between is lost.
 

@@ -12,6 +12,8 @@ import typer
 
 from ps.config import load_mapping, nest, parse_override
 from ps.errors import ConfigError
+from ps.machine import available_cores
+from ps.shard.threads import kernel_threads
 from ps.storage.files import write_atomic
 from workers.cli.arguments import Job
 from workers.config import JobConfig
@@ -61,7 +63,8 @@ def validate(
     origins = _origins(file, overrides, resolved)
     values = resolved.model_dump(mode="json")
     if as_json:
-        print(json.dumps({"job": values, "origins": origins, "estimate": _as_json(expected)}, indent=2))
+        found = _as_json(expected) | {"kernel_threads": _kernel_threads(expected, resolved)}
+        print(json.dumps({"job": values, "origins": origins, "estimate": found}, indent=2))
         return 0
     for line in job_file.with_origins(values, origins):
         print(line)
@@ -116,6 +119,12 @@ def _lines(expected: Estimate, job: JobConfig) -> Iterator[tuple[str, str]]:
         ),
     )
     yield "plan", f"{expected.num_chunks} chunks on {len(expected.shards)} shards"
+    threads, cores = _kernel_threads(expected, job), available_cores()
+    yield (
+        "threads",
+        f"{threads} for the kernels of each shard"
+        + ("" if job.cluster.threads_per_shard else f", where all shards share {cores} cores as on this host"),
+    )
     yield "memory", _memory(expected.coordinator)
     for shard in _few(expected.shards):
         yield "", _memory(shard)
@@ -142,6 +151,11 @@ def _lines(expected: Estimate, job: JobConfig) -> Iterator[tuple[str, str]]:
             f"{expected.flops_per_token * expected.tokens_per_step / 1e12:,.3g} TFLOP a step"
         ),
     )
+
+
+def _kernel_threads(expected: Estimate, job: JobConfig) -> int:
+    shards = len(expected.shards)
+    return kernel_threads(job.cluster.threads_per_shard, available_cores(), shards, -(-expected.num_chunks // shards))
 
 
 def _few(shards: tuple[RoleMemory, ...]) -> tuple[RoleMemory, ...]:

@@ -15,7 +15,7 @@ class Fence(_message.Message):
     def __init__(self, term: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("role", "rank", "incarnation", "pid", "host", "address", "metrics_address")
+    __slots__ = ("role", "rank", "incarnation", "pid", "host", "address", "metrics_address", "machine")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -23,6 +23,7 @@ class Member(_message.Message):
     HOST_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    MACHINE_FIELD_NUMBER: _ClassVar[int]
     role: str
     rank: int
     incarnation: int
@@ -30,7 +31,8 @@ class Member(_message.Message):
     host: str
     address: str
     metrics_address: str
-    def __init__(self, role: _Optional[str] = ..., rank: _Optional[int] = ..., incarnation: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+    machine: str
+    def __init__(self, role: _Optional[str] = ..., rank: _Optional[int] = ..., incarnation: _Optional[int] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., machine: _Optional[str] = ...) -> None: ...
 
 class GroupScalars(_message.Message):
     __slots__ = ("lr", "weight_decay")

@@ -10,7 +10,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ConfigureRequest(_message.Message):
-    __slots__ = ("action", "fence", "run", "shard", "num_shards", "table", "job", "contributions", "checkpoint", "manifest_sha256", "step", "applied", "loss_scale", "nonce_file", "nonce")
+    __slots__ = ("action", "fence", "run", "shard", "num_shards", "table", "job", "contributions", "checkpoint", "manifest_sha256", "step", "applied", "loss_scale", "nonce_file", "nonce", "shards_on_machine")
     class Action(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         INSPECT: _ClassVar[ConfigureRequest.Action]
@@ -34,6 +34,7 @@ class ConfigureRequest(_message.Message):
     LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
     NONCE_FILE_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_ON_MACHINE_FIELD_NUMBER: _ClassVar[int]
     action: ConfigureRequest.Action
     fence: _common_pb2.Fence
     run: str
@@ -49,7 +50,8 @@ class ConfigureRequest(_message.Message):
     loss_scale: float
     nonce_file: str
     nonce: str
-    def __init__(self, action: _Optional[_Union[ConfigureRequest.Action, str]] = ..., fence: _Optional[_Union[_common_pb2.Fence, _Mapping]] = ..., run: _Optional[str] = ..., shard: _Optional[int] = ..., num_shards: _Optional[int] = ..., table: _Optional[bytes] = ..., job: _Optional[str] = ..., contributions: _Optional[int] = ..., checkpoint: _Optional[str] = ..., manifest_sha256: _Optional[str] = ..., step: _Optional[int] = ..., applied: _Optional[int] = ..., loss_scale: _Optional[float] = ..., nonce_file: _Optional[str] = ..., nonce: _Optional[str] = ...) -> None: ...
+    shards_on_machine: int
+    def __init__(self, action: _Optional[_Union[ConfigureRequest.Action, str]] = ..., fence: _Optional[_Union[_common_pb2.Fence, _Mapping]] = ..., run: _Optional[str] = ..., shard: _Optional[int] = ..., num_shards: _Optional[int] = ..., table: _Optional[bytes] = ..., job: _Optional[str] = ..., contributions: _Optional[int] = ..., checkpoint: _Optional[str] = ..., manifest_sha256: _Optional[str] = ..., step: _Optional[int] = ..., applied: _Optional[int] = ..., loss_scale: _Optional[float] = ..., nonce_file: _Optional[str] = ..., nonce: _Optional[str] = ..., shards_on_machine: _Optional[int] = ...) -> None: ...
 
 class ConfigureResponse(_message.Message):
     __slots__ = ("plan_digest", "incarnation", "has_state", "version", "applied", "last_decision", "updated_by")
