@@ -26,7 +26,7 @@ from ps.client.client import ParameterClient
 from ps.client.duty import Duty
 from ps.client.inprocess_transport import InProcessTransport
 from ps.client.links import Inbox, Said
-from ps.client.pusher import Contribution
+from ps.client.pusher import Contribution, Encoded
 from ps.client.shared import Sharing
 from ps.client.transport import Connection, OnClose, OnFrame, Transport
 from ps.config import RunConfig, validate
@@ -157,9 +157,8 @@ class Chain:
 
     # -- Source ---------------------------------------------------------------------------------
 
-    def encode(self, chunk: Chunk, slots: int, room: np.ndarray) -> bytes:
-        encode(self.gradients[chunk.start : chunk.stop], slots, self._wire, room)
-        return b"\x01"
+    def encode(self, chunk: Chunk, slots: int, room: np.ndarray) -> Encoded:
+        return Encoded(encode(self.gradients[chunk.start : chunk.stop], slots, self._wire, room), b"\x01")
 
     def decode(self, chunk: Chunk, payload: np.ndarray) -> None:
         decode(payload, self._wire, self.weights[chunk.start : chunk.stop])

@@ -8,8 +8,9 @@ import numpy as np
 
 from ps.client.client import ParameterClient
 from ps.client.links import Inbox, Said
-from ps.client.pusher import Contribution
+from ps.client.pusher import Contribution, Encoded
 from ps.client.shared import Sharing
+from ps.kernels.digest import hash_payload
 from ps.sharding import Chunk, make_plan
 from ps.types import Fence, ParameterTable, TensorSpec, WireDtype
 from ps.wire import frame
@@ -50,9 +51,9 @@ class Zeros:
     def __init__(self) -> None:
         self.discarded = 0
 
-    def encode(self, chunk: Chunk, _slots: int, room: np.ndarray) -> bytes:
+    def encode(self, chunk: Chunk, _slots: int, room: np.ndarray) -> Encoded:
         room[:] = 0
-        return bytes(chunk.presence_bytes)
+        return Encoded(hash_payload(room), bytes(chunk.presence_bytes))
 
     def decode(self, _chunk: Chunk, _payload: np.ndarray) -> None:
         pass
