@@ -74,7 +74,7 @@ def test_a_gradient_is_scaled_and_divided_once() -> None:
         gradient = np.full((2, 3), 3.3, np.float32)
         source.fill(source.check({"weight": gradient, "scale": np.float32(5.0)}), 1024.0)
         room = np.zeros(chunk.size, wire.numpy)
-        present = source.encode(chunk, 3, room)
+        present = source.encode(chunk, 3, room).present
         sent = (room if wire is WireDtype.FP32 else room.view(np.float16)).astype(np.float32)
         expected = gradient.reshape(-1) * np.float32(1024) / np.float32(3)
         np.testing.assert_allclose(sent[:6], expected, rtol=tolerance)
@@ -90,7 +90,7 @@ def test_what_was_left_out_is_not_the_contribution_before() -> None:
     source.fill({"bias": np.ones(3, np.float32)}, 1.0)
     source.fill({}, 1.0)
     room = np.ones(chunk.size, np.float32)
-    assert source.encode(chunk, 1, room) == bytes(1)
+    assert source.encode(chunk, 1, room).present == bytes(1)
     assert not room.any()
 
 
