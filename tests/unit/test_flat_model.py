@@ -108,6 +108,24 @@ def test_what_had_no_gradient_says_so() -> None:
     assert not found.any()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "accumulate_fp16"), [(torch.float32, False), (torch.float16, False), (torch.float16, True)]
+)
+def test_nothing_of_an_earlier_contribution_is_left(dtype: torch.dtype, accumulate_fp16: bool) -> None:
+    """Not even a NaN that it ended with, nor a gradient of a tensor that has none this time."""
+    module = Net()
+    flat, plan = flatten(module, dtype, accumulate_fp16)
+    flat.clear(divide=True)
+    module(TOKENS).backward()
+    alone, _ = gradient(flat, plan, 1)
+    flat.clear(divide=True)
+    (module(TOKENS, everything=True) * float("nan")).backward()
+    assert not np.isfinite(gradient(flat, plan, 1)[0]).all()
+    flat.clear(divide=True)
+    module(TOKENS).backward()
+    np.testing.assert_array_equal(gradient(flat, plan, 1)[0], alone)
+
+
 def test_half_precision_gradients_add_up_in_fp32() -> None:
     """Where FP16 would stay at 2048, FP32 goes on counting."""
     module = nn.Linear(1, 1, bias=False)
