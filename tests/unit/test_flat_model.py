@@ -126,6 +126,22 @@ def test_nothing_of_an_earlier_contribution_is_left(dtype: torch.dtype, accumula
     np.testing.assert_array_equal(gradient(flat, plan, 1)[0], alone)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_sparse_gradient_counts_as_a_dense_one(dtype: torch.dtype) -> None:
+    """The first of a contribution, which replaces what is there, and those that add to it."""
+    found = []
+    for sparse in (True, False):
+        module = nn.Embedding(300, 40, sparse=sparse)
+        flat, plan = flatten(module, dtype)
+        for slots in (2, 1):
+            flat.clear(divide=True)
+            for _ in range(slots):
+                module(TOKENS).float().square().sum().backward()
+        found.append(gradient(flat, plan, 1)[0])
+    assert found[0].any()
+    np.testing.assert_array_equal(*found)
+
+
 def test_half_precision_gradients_add_up_in_fp32() -> None:
     """Where FP16 would stay at 2048, FP32 goes on counting."""
     module = nn.Linear(1, 1, bias=False)

@@ -138,7 +138,7 @@ class FlatModel:
             if not self._touched[index]:
                 self._touched[index] = True
                 assert parameter.grad is not None, "the hook runs after the gradient has come"
-                parameter.grad = gradient.copy_(parameter.grad)
+                parameter.grad = gradient.copy_(parameter.grad.to_dense())
             self._finish.came(index)
 
         return hook
@@ -152,7 +152,7 @@ class FlatModel:
                 gradient.add_(parameter.grad)
             else:
                 self._touched[index] = True
-                gradient.copy_(parameter.grad)
+                gradient.copy_(parameter.grad.to_dense())
             parameter.grad = None
             self._finish.came(index)
 
