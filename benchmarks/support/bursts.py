@@ -1,7 +1,7 @@
 """Systems that train for a few steps when asked and take no processor time in between.
 
-So that two of them can be compared on a machine whose speed drifts: both are started once, and then take
-turns every few seconds. A cluster is stopped with SIGSTOP, all of its processes; the peers wait for a line.
+So that several can be compared on a machine whose speed drifts: all are started once, and then take turns every few
+seconds. A cluster is stopped with SIGSTOP, all of its processes; the peers wait for a line.
 """
 
 from __future__ import annotations
@@ -14,25 +14,48 @@ import statistics
 import subprocess
 import sys
 import time
-from types import TracebackType
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any, Protocol, Self
 
+from benchmarks.support.processes import running
 from workers.launch.local_cluster import LocalCluster
 
 #: No burst takes longer; what does has hung.
 DEADLINE_S = 600.0
 _LOOK_S = 0.01
+#: Steps of a burst that do not count. In the first a cluster was stopped, and that of another line may be unwritten.
+_UNCOUNTED = 2
 
 
 class System(Protocol):
     """Something that trains."""
 
     def run(self, steps: int) -> list[float]:
-        """Do so many steps, and one before them that does not count; returns the seconds of each."""
+        """Do so many steps, and some before them that do not count; returns the seconds of each."""
 
     @property
     def pids(self) -> dict[str, int]:
         """Its processes, by name."""
+
+
+def take_turns(systems: Mapping[str, System], rounds: int, steps: int) -> dict[str, list[float]]:
+    """The mean seconds of a step of each system, one for each round; every second round is in reverse order."""
+    found: dict[str, list[float]] = {name: [] for name in systems}
+    for number in range(rounds):
+        for name in list(systems)[:: -1 if number % 2 else 1]:
+            found[name].append(statistics.fmean(systems[name].run(steps)))
+    return found
+
+
+def median_ratio(values: Sequence[float], others: Sequence[float]) -> float:
+    """The median over the rounds of one system's figure in terms of another's."""
+    return statistics.median(a / b for a, b in zip(values, others, strict=True))
+
+
+def median_difference(values: Sequence[float], others: Sequence[float]) -> float:
+    """The same of what one takes beyond the other."""
+    return statistics.median(a - b for a, b in zip(values, others, strict=True))
 
 
 class Cluster:
@@ -41,58 +64,51 @@ class Cluster:
     Args:
         job: the job as on the command line.
         shards: how many.
-        workers: how many.
+        workers: how many the launcher starts.
     """
 
-    def __init__(self, job: list[str], shards: int, workers: int = 2) -> None:
-        # It is stopped for longer than any lease.
+    def __init__(self, job: Sequence[str], shards: int, workers: int = 2) -> None:
+        # It is stopped for longer than any lease. The first steps would only look for the loss scale.
         asleep = ["membership.lease_s=3600", "membership.start_timeout_s=600", "precision.loss_scale.initial_power=10"]
-        self._cluster = LocalCluster(
-            *asleep, *job, "training.steps=100000", "evaluation.every_steps=0", shards=shards, workers=workers
-        )
+        endless = ["training.steps=100000", "evaluation.every_steps=0"]
+        self._cluster = LocalCluster(*asleep, *endless, *job, shards=shards, workers=workers)
+        self._stack = ExitStack()
         self._pids: dict[str, int] = {}
-        self._seen = 0
 
     def __enter__(self) -> Self:
-        self._cluster.__enter__()
-        self._pids = self._cluster.pids
-        try:
-            # The first steps find the loss scale.
-            self._await(6)
-        except BaseException:
-            self._cluster.close()
-            raise
-        self._signal(signal.SIGSTOP)
+        with ExitStack() as stack:
+            self._start(stack)
+            self._await(_UNCOUNTED)
+            self._signal(signal.SIGSTOP)
+            stack.callback(self._signal, signal.SIGCONT)
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._signal(signal.SIGCONT)
-        self._cluster.close()
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _start(self, stack: ExitStack) -> None:
+        stack.enter_context(self._cluster)
+        self._pids = self._cluster.pids
 
     @property
     def pids(self) -> dict[str, int]:
         return self._pids
 
     def run(self, steps: int) -> list[float]:
-        return [line["step_seconds"] for line in self.lines(steps)]
-
-    def lines(self, steps: int) -> list[dict[str, Any]]:
-        """As `run`; returns the steps' lines of metrics.jsonl.
+        """As of any system.
 
         Raises:
             SystemExit: a step was skipped, or the cluster has lost a process.
         """
-        # The first step to end is the one that was stopped in.
-        began = len(self._lines())
+        began = len(self._lines()) + _UNCOUNTED
         self._signal(signal.SIGCONT)
-        self._await(began + 1 + steps)
+        self._await(began + steps)
         self._signal(signal.SIGSTOP)
-        lines = self._lines()[began + 1 : began + 1 + steps]
-        if any(line["skipped"] for line in lines) or self._cluster.pids != self._pids:
+        lines = self._lines()[began : began + steps]
+        if any(line["skipped"] for line in lines) or not self._cluster.pids.items() <= self._pids.items():
             raise SystemExit(f"these steps were no training: {lines}; {self._cluster.logs()}")
-        return lines
+        return [line["step_seconds"] for line in lines]
 
     def _await(self, lines: int) -> None:
         deadline = time.monotonic() + DEADLINE_S
@@ -111,44 +127,64 @@ class Cluster:
 
     def _signal(self, number: signal.Signals) -> None:
         for pid in self._pids.values():
-            os.kill(pid, number)
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+class DeviceCluster(Cluster):
+    """One worker on a device, which says what it takes of it."""
+
+    def __init__(self, job: Sequence[str], shards: int, device: str, env: Mapping[str, str]) -> None:
+        super().__init__([*job, "cluster.workers=1", f"worker.device={device}"], shards, workers=0)
+        self._device = device
+        self._env = env
+        #: The most bytes on the device in the last burst.
+        self.peak_bytes = 0
+
+    def _start(self, stack: ExitStack) -> None:
+        super()._start(stack)
+        command = [sys.executable, "-m", "benchmarks.support.device_worker", self._device, "worker"]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        address = ["--coordinator", self._cluster.address]
+        self._worker = stack.enter_context(running([*command, *address], self._env, **pipes))
+        self._pids = {**self._pids, "worker-0": self._worker.pid}
+
+    def run(self, steps: int) -> list[float]:
+        seconds = super().run(steps)
+        self._signal(signal.SIGCONT)
+        self.peak_bytes = int(_asked(self._worker, ""))
+        self._signal(signal.SIGSTOP)
+        return seconds
 
 
 class Peers:
-    """Two processes of `benchmarks.support.ddp_training`, for a `with` block."""
+    """Processes of `benchmarks.support.torch_training` that share each step, for a `with` block."""
 
-    def __init__(self, mode: str, vocab_size: int, job: list[str], environment: dict[str, str]) -> None:
+    def __init__(
+        self, mode: str, job: Sequence[str], env: Mapping[str, str], world_size: int = 2, device: str = "cpu"
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "benchmarks.support.ddp_training"]
-        self._commands = [[*command, str(rank), mode, str(port), str(vocab_size), json.dumps(job)] for rank in range(2)]
-        self._environment = environment
+        command = [sys.executable, "-m", "benchmarks.support.torch_training", mode, device]
+        rest = [str(world_size), str(port), json.dumps(list(job))]
+        self._commands = [[*command, str(rank), *rest] for rank in range(world_size)]
+        self._env = env
+        self._stack = ExitStack()
         self._processes: list[subprocess.Popen[str]] = []
+        #: The most bytes on the device in the last burst, of the process that took most.
+        self.peak_bytes = 0
 
     def __enter__(self) -> Self:
-        for command in self._commands:
-            self._processes.append(
-                subprocess.Popen(
-                    command, env=self._environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-                )
-            )
-        try:
-            self.run(2)
-        except BaseException:
-            self._end()
-            raise
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with ExitStack() as stack:
+            self._processes = [stack.enter_context(running(command, self._env, **pipes)) for command in self._commands]
+            self.run(1)
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end()
-
-    def _end(self) -> None:
-        for process in self._processes:
-            process.kill()
-            process.communicate()
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
     @property
     def pids(self) -> dict[str, int]:
@@ -156,16 +192,32 @@ class Peers:
 
     def run(self, steps: int) -> list[float]:
         for process in self._processes:
-            assert process.stdin is not None
-            process.stdin.write(f"{steps + 1}\n")
-            process.stdin.flush()
-        return [statistics.fmean(pair) for pair in zip(*map(self._answer, self._processes), strict=True)][1:]
+            _ask(process, str(steps + _UNCOUNTED))
+        answers = [json.loads(_answer(process)) for process in self._processes]
+        self.peak_bytes = max(answer["peak_bytes"] for answer in answers)
+        together = zip(*(answer["seconds"] for answer in answers), strict=True)
+        return [statistics.fmean(seconds) for seconds in together][_UNCOUNTED:]
 
-    @staticmethod
-    def _answer(process: subprocess.Popen[str]) -> list[float]:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            raise SystemExit(f"a peer has ended: {process.args!r}")
-        seconds: list[float] = json.loads(line)
-        return seconds
+
+def _ask(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(f"{line}\n")
+    process.stdin.flush()
+
+
+def _answer(process: subprocess.Popen[str]) -> str:
+    """The next line that a process prints.
+
+    Raises:
+        SystemExit: it has ended.
+    """
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise SystemExit(f"a process has ended: {process.args!r}")
+    return line
+
+
+def _asked(process: subprocess.Popen[str], line: str) -> str:
+    _ask(process, line)
+    return _answer(process)

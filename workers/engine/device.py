@@ -74,7 +74,7 @@ def prepare(device: torch.device, threads: int) -> None:
     # The same as use_deterministic_algorithms(True, warn_only=True), which imports 70 MB of compiler.
     torch.set_deterministic_debug_mode("warn")
     # It would also have every new tensor filled, which an operation that writes all of its result does not need.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.benchmark = False
