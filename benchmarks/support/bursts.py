@@ -24,15 +24,15 @@ from workers.launch.local_cluster import LocalCluster
 #: No burst takes longer; what does has hung.
 DEADLINE_S = 600.0
 _LOOK_S = 0.01
-#: Steps of a burst that do not count. In the first a cluster was stopped, and that of another line may be unwritten.
-_UNCOUNTED = 2
+#: Steps of a burst that do not count: in it a cluster was stopped, and the caches are another system's.
+_UNCOUNTED = 1
 
 
 class System(Protocol):
     """Something that trains."""
 
     def run(self, steps: int) -> list[float]:
-        """Do so many steps, and some before them that do not count; returns the seconds of each."""
+        """Do so many steps, and one before them that does not count; returns the seconds of each."""
 
     @property
     def pids(self) -> dict[str, int]:
