@@ -68,9 +68,11 @@ format: setup  ## Format the code
 bench: setup  ## Run the benchmarks; each prints a table and writes JSON
 	PYTHONPATH=. $(BIN)/python benchmarks/bench_transport.py
 	PYTHONPATH=. $(BIN)/python benchmarks/bench_exchange.py
+	PYTHONPATH=. $(BIN)/python benchmarks/bench_training.py
 	PYTHONPATH=. $(BIN)/python benchmarks/bench_network.py
 	PYTHONPATH=. $(BIN)/python benchmarks/bench_scaling.py
 	PYTHONPATH=. $(BIN)/python benchmarks/bench_memory.py
+	PYTHONPATH=. $(BIN)/python benchmarks/bench_gpu.py
 
 clean:  ## Remove what the targets made, but no run
 	rm -rf $(VENV) $(PROTO_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
