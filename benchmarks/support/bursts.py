@@ -103,6 +103,7 @@ class Cluster:
         Raises:
             SystemExit: a step was skipped, or the cluster has lost a process.
         """
+        self._new_lines()
         self._signal(signal.SIGCONT)
         lines = self._await(_UNCOUNTED + steps)[_UNCOUNTED:]
         self._signal(signal.SIGSTOP)
@@ -111,21 +112,26 @@ class Cluster:
         return [line["step_seconds"] for line in lines]
 
     def _await(self, steps: int) -> list[dict[str, Any]]:
-        """The lines of the next so many steps; looking for them takes next to no processor time."""
-        metrics, found = self._cluster.run_dir / "metrics.jsonl", []
+        """The lines of the next so many steps."""
+        found: list[dict[str, Any]] = []
         deadline = time.monotonic() + DEADLINE_S
         while len(found) < steps:
             if time.monotonic() > deadline:
                 raise SystemExit(f"the cluster does not train: {self._cluster.logs()}")
             time.sleep(_LOOK_S)
-            with suppress(FileNotFoundError), metrics.open("rb") as file:
-                file.seek(self._read)
-                for text in file:
-                    if text.endswith(b"\n"):
-                        self._read += len(text)
-                        found.append(json.loads(text))
-            found = [line for line in found if line["kind"] == "step"]
+            found += self._new_lines()
         return found[:steps]
+
+    def _new_lines(self) -> list[dict[str, Any]]:
+        """The lines of steps that have not been read; looking for them takes next to no processor time."""
+        found = []
+        with suppress(FileNotFoundError), (self._cluster.run_dir / "metrics.jsonl").open("rb") as file:
+            file.seek(self._read)
+            for text in file:
+                if text.endswith(b"\n"):
+                    self._read += len(text)
+                    found.append(json.loads(text))
+        return [line for line in found if line["kind"] == "step"]
 
     def _signal(self, number: signal.Signals) -> None:
         for pid in self._pids.values():
