@@ -69,9 +69,11 @@ bench: setup  ## Run the benchmarks; each prints a table and writes JSON
 	PYTHONPATH=. $(BIN)/python benchmarks/bench_optimizer.py
 	PYTHONPATH=. $(BIN)/python benchmarks/bench_transport.py
 	PYTHONPATH=. $(BIN)/python benchmarks/bench_exchange.py
+	PYTHONPATH=. $(BIN)/python benchmarks/bench_training.py
 	PYTHONPATH=. $(BIN)/python benchmarks/bench_network.py
 	PYTHONPATH=. $(BIN)/python benchmarks/bench_scaling.py
 	PYTHONPATH=. $(BIN)/python benchmarks/bench_memory.py
+	PYTHONPATH=. $(BIN)/python benchmarks/bench_gpu.py
 
 bench-check: setup  ## Run short benchmarks; fail when a ratio has fallen below 0.8 of its committed figure
 	PYTHONPATH=. $(BIN)/python benchmarks/regressions.py

@@ -14,10 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,7 +23,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.support.activations import activations
+from benchmarks.support.device_memory import resident
+from benchmarks.support.processes import environment
 from benchmarks.support.report import Check, Report
+from workers.launch.environment import MALLOC_TUNABLES
 
 SHARD_BOUND = 22.0
 WORKER_BOUND = 8.0
@@ -34,45 +36,10 @@ ESTIMATE_BOUND = 0.15
 STEPS = 10
 
 
-def memory_of(pid: int, key: str) -> int:
-    """Resident memory in bytes: VmRSS now, VmHWM at its peak."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(key)
-
-
 def write_corpus(path: Path) -> None:
     draw = random.Random(0)
     words = ["".join(draw.choice("abcdefghij") for _ in range(draw.randint(2, 8))) for _ in range(300)]
     path.write_text("\n".join(" ".join(draw.choice(words) for _ in range(12)) for _ in range(4000)))
-
-
-_ACTIVATIONS = """
-import ctypes, sys, json, torch
-from pathlib import Path
-from workers.config import load_job
-from workers.models.gpt import GPT
-torch.set_num_threads(1)
-job = load_job(None, json.loads(sys.argv[1]))
-model = GPT(job.model, 300, job.data.sequence_length)
-for p in model.parameters():
-    p.grad = torch.zeros_like(p).add_(1.0)
-tokens = torch.randint(0, 300, (job.batch.micro_batch_size, job.data.sequence_length + 1))
-# The code of every operation is in memory before the counting starts.
-GPT(job.model.model_copy(update={"num_layers": 1, "hidden_size": 64}), 300, 64).loss(tokens).backward()
-def rss(key):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-# What the C library keeps for later would hide the same amount of activations.
-ctypes.CDLL(None).malloc_trim(0)
-Path("/proc/self/clear_refs").write_text("5")
-before = rss("VmRSS:")
-# As often as a worker does it: the heap's holes grow for a while.
-for _ in range(int(sys.argv[2])):
-    model.loss(tokens).backward()
-print(rss("VmHWM:") - before)
-"""
 
 
 def job_arguments(folder: Path, layers: int, hidden: int = 640) -> list[str]:
@@ -96,20 +63,6 @@ def job_arguments(folder: Path, layers: int, hidden: int = 640) -> list[str]:
         # What is shared would count in every process that maps it.
         "launch.transport=grpc",
     ]
-
-
-def python(code: str, *arguments: str) -> int:
-    environment = {**os.environ, **_tunables()}
-    run = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, check=True
-    )
-    return int(run.stdout.split()[-1])
-
-
-def _tunables() -> dict[str, str]:
-    from workers.launch.environment import MALLOC_TUNABLES
-
-    return {"GLIBC_TUNABLES": MALLOC_TUNABLES}
 
 
 def members(run: Path) -> list[dict[str, Any]]:
@@ -137,7 +90,7 @@ def measure(folder: Path, arguments: list[str]) -> dict[str, float]:
             for member in members(run):
                 name = f"{member['role']}-{member['rank']}"
                 try:
-                    rss, peak = memory_of(member["pid"], "VmRSS"), memory_of(member["pid"], "VmHWM")
+                    rss, peak = resident(member["pid"], "VmRSS"), resident(member["pid"], "VmHWM")
                 except (OSError, KeyError):
                     continue
                 seen = peaks.setdefault(name, {"peak": 0.0, "steady": 0.0})
@@ -183,8 +136,8 @@ def main() -> None:
         write_corpus(folder / "text.txt")
         job = job_arguments(folder, arguments.layers)
         # 4 micro-batches of a step are shared by 2 workers.
-        times = str(STEPS * 4 // 2)
-        activations = statistics.median(python(_ACTIVATIONS, json.dumps(job), times) for _ in range(5))
+        env = environment(GLIBC_TUNABLES=MALLOC_TUNABLES)
+        active = activations(job, env, STEPS * 4 // 2)
         idle = measure(
             folder, [*job_arguments(folder, 1, hidden=64), f"run_dir={folder / 'idle'}", "training.stop_at=300"]
         )
@@ -193,7 +146,7 @@ def main() -> None:
     parameters = sum(math.prod(shape) for _, shape, _ in manifest["table"])
     for member in ("shard-0", "worker-0", "worker-1"):
         worker = member.startswith("worker")
-        floor = idle[f"{member}/peak"] + (activations if worker else 0)
+        floor = idle[f"{member}/peak"] + (active if worker else 0)
         steady = (found[f"{member}/steady"] - floor) / parameters
         peak = (found[f"{member}/peak"] - floor) / parameters
         report.row(
@@ -212,7 +165,7 @@ def main() -> None:
         name = f"{member}: the estimate, {expected / 1e6:.0f} MB, off from {measured / 1e6:.0f} MB by"
         report.check(Check(name, off, ESTIMATE_BOUND, off <= ESTIMATE_BOUND))
     report.note("parameters", parameters)
-    report.note("activations of a worker, MB", activations / 1e6)
+    report.note("activations of a worker, MB", active / 1e6)
     report.finish(arguments.json)
 
 

@@ -11,9 +11,6 @@ import mmap
 
 import numpy as np
 
-#: MADV_DONTNEED means "zeros from now on" on Linux only; elsewhere it may mean nothing.
-_GIVES_BACK = hasattr(mmap, "MADV_DONTNEED") and hasattr(mmap, "MADV_HUGEPAGE")
-
 
 def zeros(num_bytes: int) -> mmap.mmap:
     """Map zeros that cost nothing until they are touched; unmapped with the last view of them.
@@ -31,17 +28,6 @@ def zeros(num_bytes: int) -> mmap.mmap:
 def float32_zeros(size: int) -> np.ndarray:
     """FP32 [size] of `zeros`."""
     return np.frombuffer(zeros(4 * size), np.float32, size)
-
-
-def discard(memory: mmap.mmap) -> bool:
-    """Give the memory back: it reads as zeros, and costs nothing until it is touched again.
-
-    Returns:
-        False where the system cannot: the contents are then what they were.
-    """
-    if _GIVES_BACK:
-        memory.madvise(mmap.MADV_DONTNEED)
-    return _GIVES_BACK
 
 
 def trim_heap() -> None:

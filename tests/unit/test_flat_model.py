@@ -108,6 +108,40 @@ def test_what_had_no_gradient_says_so() -> None:
     assert not found.any()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "accumulate_fp16"), [(torch.float32, False), (torch.float16, False), (torch.float16, True)]
+)
+def test_nothing_of_an_earlier_contribution_is_left(dtype: torch.dtype, accumulate_fp16: bool) -> None:
+    """Not even a NaN that it ended with, nor a gradient of a tensor that has none this time."""
+    module = Net()
+    flat, plan = flatten(module, dtype, accumulate_fp16)
+    flat.clear(divide=True)
+    module(TOKENS).backward()
+    alone, _ = gradient(flat, plan, 1)
+    flat.clear(divide=True)
+    (module(TOKENS, everything=True) * float("nan")).backward()
+    assert not np.isfinite(gradient(flat, plan, 1)[0]).all()
+    flat.clear(divide=True)
+    module(TOKENS).backward()
+    np.testing.assert_array_equal(gradient(flat, plan, 1)[0], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_sparse_gradient_counts_as_a_dense_one(dtype: torch.dtype) -> None:
+    """The first of a contribution, which replaces what is there, and those that add to it."""
+    found = []
+    for sparse in (True, False):
+        module = nn.Embedding(300, 40, sparse=sparse)
+        flat, plan = flatten(module, dtype)
+        for slots in (2, 1):
+            flat.clear(divide=True)
+            for _ in range(slots):
+                module(TOKENS).float().square().sum().backward()
+        found.append(gradient(flat, plan, 1)[0])
+    assert found[0].any()
+    np.testing.assert_array_equal(*found)
+
+
 def test_half_precision_gradients_add_up_in_fp32() -> None:
     """Where FP16 would stay at 2048, FP32 goes on counting."""
     module = nn.Linear(1, 1, bias=False)

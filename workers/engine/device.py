@@ -10,7 +10,6 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from mmap import mmap
 from typing import Protocol
 
 import numpy as np
@@ -75,6 +74,8 @@ def prepare(device: torch.device, threads: int) -> None:
     torch.set_num_threads(threads)
     # The same as use_deterministic_algorithms(True, warn_only=True), which imports 70 MB of compiler.
     torch.set_deterministic_debug_mode("warn")
+    # It would also have every new tensor filled, which an operation that writes all of its result does not need.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.benchmark = False
@@ -93,27 +94,11 @@ def upload(tokens: Array, device: torch.device) -> torch.Tensor:
     return host.to(device)
 
 
-class Arena:
-    """A flat buffer on the device; on the CPU in pages that can be given back between two uses."""
-
-    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._pages: mmap | None = None
-        if device.type == "cpu":
-            self._pages = pages.zeros(size * dtype.itemsize)
-            self.tensor = torch.frombuffer(self._pages, dtype=dtype, count=size)
-        else:
-            self.tensor = torch.zeros(size, dtype=dtype, device=device)
-        self._is_zero = True
-
-    def discard(self) -> None:
-        """The contents are not needed any more."""
-        self._is_zero = self._pages is not None and pages.discard(self._pages)
-
-    def use(self) -> None:
-        """Begin anew, with zeros."""
-        if not self._is_zero:
-            self.tensor.zero_()
-        self._is_zero = False
+def flat_buffer(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Make zeros [size] on the device; on the CPU in huge pages."""
+    if device.type == "cpu":
+        return torch.frombuffer(pages.zeros(size * dtype.itemsize), dtype=dtype, count=size)
+    return torch.zeros(size, dtype=dtype, device=device)
 
 
 #: A point in the work of a device; None where work is done as soon as it is asked for.

@@ -17,9 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 from ps.client.pusher import Encoded
 from ps.errors import ConfigError
+from ps.kernels.digest import hash_payload
 from ps.sharding import Chunk, Plan, presence_map
 from ps.types import WireDtype
-from workers.engine.device import Arena, Mark, Mover, mover
+from workers.engine.device import Mark, Mover, flat_buffer, mover
 from workers.engine.overlap import AtTheEnd, Finishing, Layers
 
 Array = np.ndarray
@@ -87,9 +88,9 @@ class FlatModel:
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if [t.name for t in plan.table.tensors] != list(self._parameters):
             raise ConfigError("the model's trainable parameters are not those of the plan's table")
-        self.weights = Arena(plan.size, dtype, device).tensor
-        self._gradient_arena = Arena(plan.size, dtype if accumulate_fp16 else torch.float32, device)
-        self.gradients = self._gradient_arena.tensor
+        self.weights = flat_buffer(plan.size, dtype, device)
+        #: Of a tensor that has had no gradient since `clear`, what an earlier contribution left.
+        self.gradients = flat_buffer(plan.size, dtype if accumulate_fp16 else torch.float32, device)
         self._mover: Mover = mover(device, wire, max(chunk.size for chunk in plan.chunks))
         #: Which tensors have had a gradient since `clear`.
         self._touched = [False] * len(plan.table.tensors)
@@ -111,12 +112,8 @@ class FlatModel:
             parameter = self._place(tensor.name, self.weights[window].view(tensor.shape), owners)
             self._tensors[id(parameter)] = index
             gradient = self.gradients[window].view(tensor.shape)
-            if self.gradients.dtype is dtype:
-                # Autograd adds in place to a gradient that is there already.
-                parameter.grad = gradient
-                parameter.register_post_accumulate_grad_hook(self._note(index))
-            else:
-                parameter.register_post_accumulate_grad_hook(self._add(index, gradient))
+            keep = self._keep if self.gradients.dtype is dtype else self._add
+            parameter.register_post_accumulate_grad_hook(keep(index, gradient))
         self._layers.watch()
         # What is not trained (buffers, frozen parameters) moves along as it is.
         self.module.to(self.device)
@@ -136,9 +133,14 @@ class FlatModel:
             setattr(owner, attribute, placed)
         return placed
 
-    def _note(self, index: int) -> Callable[[torch.Tensor], None]:
-        def hook(_: torch.Tensor) -> None:
-            self._touched[index] = True
+    def _keep(self, index: int, gradient: torch.Tensor) -> Callable[[torch.Tensor], None]:
+        """Autograd adds in place to a gradient that is there already; the first one it makes anew."""
+
+        def hook(parameter: torch.Tensor) -> None:
+            if not self._touched[index]:
+                self._touched[index] = True
+                assert parameter.grad is not None, "the hook runs after the gradient has come"
+                parameter.grad = gradient.copy_(parameter.grad.to_dense())
             self._finish.came(index)
 
         return hook
@@ -147,9 +149,12 @@ class FlatModel:
         """Half-precision gradients add up in FP32; the half one is freed at once."""
 
         def hook(parameter: torch.Tensor) -> None:
-            self._touched[index] = True
             assert parameter.grad is not None, "the hook runs after the gradient has come"
-            gradient.add_(parameter.grad)
+            if self._touched[index]:
+                gradient.add_(parameter.grad)
+            else:
+                self._touched[index] = True
+                gradient.copy_(parameter.grad.to_dense())
             parameter.grad = None
             self._finish.came(index)
 
@@ -206,7 +211,8 @@ class FlatModel:
         Args:
             divide: whether `encode` divides by the number of slots (the losses were not divided).
         """
-        self._gradient_arena.use()
+        # No zeros are written: the first gradient of each tensor replaces what is there.
+        self.module.zero_grad(set_to_none=True)
         self._ready.clear()
         self._touched = [False] * len(self._touched)
         self._divide = divide
@@ -218,11 +224,13 @@ class FlatModel:
         ready = self._ready.get(chunk.index, self._rest)
         gradient = self.gradients[chunk.start : chunk.stop]
         digest = self._mover.read(gradient, slots if self._divide else 1, room, ready)
-        return Encoded(digest, presence_map(chunk, self._touched))
+        absent = [run for run in chunk.runs if not self._touched[run.tensor]]
+        for run in absent:
+            room[run.start : run.stop] = 0
+        return Encoded(hash_payload(room) if absent else digest, presence_map(chunk, self._touched))
 
     def discard(self) -> None:
-        """Give back what the gradients take: the weights that are coming need room on their way."""
-        self._gradient_arena.discard()
+        """Nothing: the next contribution is written over it, and weights that come need no room of their own."""
 
     def decode(self, chunk: Chunk, payload: Array) -> None:
         """Take over the published weights of a chunk."""
