@@ -12,7 +12,15 @@ With shards on hosts of their own each worker's link carries 2P bytes up and 2P 
 ring moves 2 (W-1)/W 2P each way: 3P with 4 workers. With a worker and a shard on each of 4 hosts a quarter stays there,
 but each direction carries pushes and pulls: 3P for both, which is why an eager step cannot beat DDP's ring there.
 
-    python benchmarks/bench_network.py [--modes decided,eager] [--rounds 5] [--steps 8] [--short] [--json FILE]
+Training is measured too: 2 workers with a thread each compute a small GPT, push from gradient hooks and have their
+layers wait, over links on which pushing and pulling take about as long as computing. What a decided step takes beyond
+computing is exposed; of pushing that is what backward cannot hide, of pulling what forward cannot:
+
+    max(0, push - backward) + max(0, pull - forward)    with push = pull = bytes / line rate
+
+Forward and backward are measured in the same rounds, in as many plain PyTorch processes side by side.
+
+    python benchmarks/bench_network.py [--modes decided,eager,training] [--rounds 5] [--steps 8] [--short] [--json FILE]
 
 Needs root, iproute2 and 8 network namespaces; says so and measures nothing where it has not got them.
 """
@@ -23,25 +31,49 @@ import argparse
 import signal
 import statistics
 import sys
+import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.bench_memory import write_corpus
+from benchmarks.support.compute_alone import Alone, Compute
 from benchmarks.support.ddp import run_ddp
 from benchmarks.support.hosts import Host, Network, missing
 from benchmarks.support.line import line_rate
-from benchmarks.support.load_cluster import Layout, Load, run_load, step_seconds
+from benchmarks.support.load_cluster import Layout, Load, run_load, run_training, step_seconds
 from benchmarks.support.report import Check, Report
+from workers.config import load_job
+from workers.launch.estimate import estimate
 
 #: What a job says beside the layout, by mode.
 MODES = {
     "decided": ("precision.wire=fp16", "optimizer.clip_norm=1.0"),
     "eager": ("precision.wire=bf16", "optimizer.clip_norm=0"),
 }
+#: What may be measured beside them.
+TRAINING = "training"
 #: A step may take so many times its floor.
 BOUNDS = {"decided": 1.11, "eager": 1.2}
 #: An eager step is at least so many times as fast as DDP with the FP16 compression hook.
 DDP_BOUND = 1.3
+#: Training: exposed is at most so many times what computing cannot hide.
+EXPOSED_BOUND = 1.1
+TRAINING_BITS_PER_S = 500e6
+#: The embedding is tied: its gradient is the last to be ready and its weights are needed first, so that they cross
+#: beside no computation. A small vocabulary makes it a small part, as it is of a large model.
+GPT = (
+    "model.hidden_size=384",
+    "model.num_layers=6",
+    "model.num_heads=6",
+    "data.vocab_size=300",
+    "data.sequence_length=128",
+    "batch.micro_batch_size=2",
+    "worker.threads=1",
+    # The first steps would only look for the loss scale.
+    "precision.loss_scale.initial_power=10",
+)
 #: Bytes of a gradient or weight on the wire.
 WIRE_BYTES = 2
 #: The line rate is measured over so much of the link's time.
@@ -143,6 +175,62 @@ def _ratio(one: Times, other: Times) -> float:
     return statistics.median(a / b for a, b in zip(one.seconds, other.seconds, strict=True))
 
 
+@dataclass(frozen=True)
+class Training:
+    """What training took in one round."""
+
+    compute: Compute
+    step_s: float
+    #: Bytes one way, at the line rate.
+    transfer_s: float
+
+    @property
+    def exposed_s(self) -> float:
+        return self.step_s - self.compute.seconds
+
+    @property
+    def allowed_s(self) -> float:
+        """Of pushing what backward cannot hide, of pulling what forward cannot."""
+        push_s = max(0.0, self.transfer_s - self.compute.backward_s)
+        return push_s + max(0.0, self.transfer_s - self.compute.forward_s)
+
+
+def measure_training(hosts: list[Host], rounds: int, steps: int, report: Report) -> None:
+    """Measure what a training step takes beyond computing; rounds alternate with computing alone."""
+    workers, shards = hosts[: len(hosts) // 2], hosts[len(hosts) // 2 :]
+    layout = Layout(shards[0], shards, workers)
+    found: list[Training] = []
+    with tempfile.TemporaryDirectory(prefix="windlass-network-") as name:
+        text = Path(name) / "text.txt"
+        write_corpus(text)
+        job = [*GPT, f"data.paths=['{text}']", f"data.cache_dir={Path(name) / 'cache'}", *MODES["decided"]]
+        parameters = estimate(load_job(None, job)).num_parameters
+        crossing = Crossing.of(layout, parameters)
+        with Alone(job, len(workers)) as alone:
+            for _ in range(rounds):
+                line = line_rate(workers[0], shards[0], int(LINE_S * TRAINING_BITS_PER_S / 8))
+                seconds = step_seconds(run_training(layout, steps, *job))
+                transfer_s = crossing.floor_bytes("decided") / 2 / line
+                found.append(Training(alone.run(steps), statistics.median(seconds), transfer_s))
+
+    def median(of: Callable[[Training], float]) -> float:
+        return statistics.median(of(training) for training in found)
+
+    setting = f"{len(workers)} + {len(shards)}, {TRAINING_BITS_PER_S / 1e6:.0f} Mbit/s, GPT of {parameters / 1e6:.1f}M"
+    times = Times()
+    for training in found:
+        times.note(training.step_s, training.compute.seconds + training.allowed_s)
+    times.row(report, setting, "training")
+    report.note(f"{setting}: forward alone, s", median(lambda training: training.compute.forward_s))
+    report.note(f"{setting}: backward alone, s", median(lambda training: training.compute.backward_s))
+    report.note(f"{setting}: bytes one way at the line rate, s", median(lambda training: training.transfer_s))
+    report.note(f"{setting}: exposed, s", median(lambda training: training.exposed_s))
+    report.note(f"{setting}: what computing cannot hide, s", median(lambda training: training.allowed_s))
+    ratio = median(lambda training: training.exposed_s / training.allowed_s)
+    name = f"{setting}: time exposed, times what computing cannot hide"
+    report.check(Check(name, ratio, EXPOSED_BOUND, ratio <= EXPOSED_BOUND))
+
+
 def _pair(hosts: list[Host]) -> list[Setting]:
     """One worker, one shard."""
     worker, shard = hosts
@@ -160,15 +248,16 @@ def _four(hosts: list[Host]) -> list[Setting]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modes", default="decided,eager", help="which steps, separated by commas")
+    parser.add_argument("--modes", default=f"{','.join(MODES)},{TRAINING}", help="which steps, separated by commas")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--short", action="store_true", help="2 rounds of 4 steps")
     parser.add_argument("--json", type=Path, default=Path("runs/bench/network.json"))
     arguments = parser.parse_args()
-    modes = arguments.modes.split(",")
-    if unknown := [mode for mode in modes if mode not in MODES]:
-        parser.error(f"--modes {','.join(unknown)}: there are {', '.join(MODES)}")
+    asked = arguments.modes.split(",")
+    if unknown := [mode for mode in asked if mode not in (*MODES, TRAINING)]:
+        parser.error(f"--modes {','.join(unknown)}: there are {', '.join(MODES)}, {TRAINING}")
+    modes = [mode for mode in asked if mode in MODES]
     rounds, steps = (2, 4) if arguments.short else (arguments.rounds, arguments.steps)
     # So that the network is taken down.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -177,10 +266,14 @@ def main() -> None:
     if lacking is not None:
         report.note("skipped", lacking)
         report.finish(arguments.json)
-    with Network(2, 1e9) as network:
-        measure(_pair(network.hosts), modes, rounds, steps, report)
-    with Network(8, 200e6) as network:
-        measure(_four(network.hosts), modes, rounds, steps, report)
+    if modes:
+        with Network(2, 1e9) as network:
+            measure(_pair(network.hosts), modes, rounds, steps, report)
+        with Network(8, 200e6) as network:
+            measure(_four(network.hosts), modes, rounds, steps, report)
+    if TRAINING in asked:
+        with Network(4, TRAINING_BITS_PER_S) as network:
+            measure_training(network.hosts, rounds, steps, report)
     report.finish(arguments.json)
 
 
