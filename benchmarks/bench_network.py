@@ -69,7 +69,7 @@ GPT = (
     "model.num_heads=6",
     "data.vocab_size=300",
     "data.sequence_length=128",
-    "batch.micro_batch_size=2",
+    "batch.micro_batch_size=4",
     "worker.threads=1",
     # The first steps would only look for the loss scale.
     "precision.loss_scale.initial_power=10",
@@ -209,9 +209,10 @@ def measure_training(hosts: list[Host], rounds: int, steps: int, report: Report)
         with Alone(job, len(workers)) as alone:
             for _ in range(rounds):
                 line = line_rate(workers[0], shards[0], int(LINE_S * TRAINING_BITS_PER_S / 8))
+                before = alone.run(steps)
                 seconds = step_seconds(run_training(layout, steps, *job))
                 transfer_s = crossing.floor_bytes("decided") / 2 / line
-                found.append(Training(alone.run(steps), statistics.median(seconds), transfer_s))
+                found.append(Training(before.mean(alone.run(steps)), statistics.median(seconds), transfer_s))
 
     def median(of: Callable[[Training], float]) -> float:
         return statistics.median(of(training) for training in found)

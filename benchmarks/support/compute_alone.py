@@ -34,6 +34,10 @@ class Compute:
     def seconds(self) -> float:
         return self.forward_s + self.backward_s
 
+    def mean(self, other: Compute) -> Compute:
+        """Of what was measured before something and after it: the machine's speed drifts."""
+        return Compute((self.forward_s + other.forward_s) / 2, (self.backward_s + other.backward_s) / 2)
+
 
 class Alone:
     """So many processes that compute side by side when asked, for a `with` block; in between they only wait."""
