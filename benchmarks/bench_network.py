@@ -20,7 +20,7 @@ computing is exposed; of pushing that is what backward cannot hide, of pulling w
 
 Forward and backward are measured in the same rounds, in as many plain PyTorch processes side by side.
 
-    python benchmarks/bench_network.py [--modes decided,eager,training] [--rounds 5] [--steps 8] [--short] [--json FILE]
+    python benchmarks/bench_network.py [--settings pair four training] [--modes decided eager] [--short] [--json FILE]
 
 Needs root, iproute2 and 8 network namespaces; says so and measures nothing where it has not got them.
 """
@@ -52,8 +52,8 @@ MODES = {
     "decided": ("precision.wire=fp16", "optimizer.clip_norm=1.0"),
     "eager": ("precision.wire=bf16", "optimizer.clip_norm=0"),
 }
-#: What may be measured beside them.
-TRAINING = "training"
+#: What is measured: gradients that are there already on two networks, and training.
+SETTINGS = ["pair", "four", "training"]
 #: A step may take so many times its floor.
 BOUNDS = {"decided": 1.11, "eager": 1.2}
 #: An eager step is at least so many times as fast as DDP with the FP16 compression hook.
@@ -249,16 +249,13 @@ def _four(hosts: list[Host]) -> list[Setting]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modes", default=f"{','.join(MODES)},{TRAINING}", help="which steps, separated by commas")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS)
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES), help="steps, without training")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--short", action="store_true", help="2 rounds of 4 steps")
     parser.add_argument("--json", type=Path, default=Path("runs/bench/network.json"))
     arguments = parser.parse_args()
-    asked = arguments.modes.split(",")
-    if unknown := [mode for mode in asked if mode not in (*MODES, TRAINING)]:
-        parser.error(f"--modes {','.join(unknown)}: there are {', '.join(MODES)}, {TRAINING}")
-    modes = [mode for mode in asked if mode in MODES]
     rounds, steps = (2, 4) if arguments.short else (arguments.rounds, arguments.steps)
     # So that the network is taken down.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -267,12 +264,13 @@ def main() -> None:
     if lacking is not None:
         report.note("skipped", lacking)
         report.finish(arguments.json)
-    if modes:
+    if "pair" in arguments.settings:
         with Network(2, 1e9) as network:
-            measure(_pair(network.hosts), modes, rounds, steps, report)
+            measure(_pair(network.hosts), arguments.modes, rounds, steps, report)
+    if "four" in arguments.settings:
         with Network(8, 200e6) as network:
-            measure(_four(network.hosts), modes, rounds, steps, report)
-    if TRAINING in asked:
+            measure(_four(network.hosts), arguments.modes, rounds, steps, report)
+    if "training" in arguments.settings:
         with Network(4, TRAINING_BITS_PER_S) as network:
             measure_training(network.hosts, rounds, steps, report)
     report.finish(arguments.json)
