@@ -12,13 +12,14 @@ With shards on hosts of their own each worker's link carries 2P bytes up and 2P 
 ring moves 2 (W-1)/W 2P each way: 3P with 4 workers. With a worker and a shard on each of 4 hosts a quarter stays there,
 but each direction carries pushes and pulls: 3P for both, which is why an eager step cannot beat DDP's ring there.
 
-Training is measured too: 2 workers with a thread each compute a small GPT, push from gradient hooks and have their
+Training is measured too: workers with a thread each compute a small GPT, push from gradient hooks and have their
 layers wait, over links on which pushing and pulling take about as long as computing. What a decided step takes beyond
-computing is exposed; of pushing that is what backward cannot hide, of pulling what forward cannot:
+computing is exposed; of pushing that should be what backward cannot hide, of pulling what forward cannot:
 
     max(0, push - backward) + max(0, pull - forward)    with push = pull = bytes / line rate
 
-Forward and backward are measured in the same rounds, in as many plain PyTorch processes side by side.
+and at most a tenth of the step beyond that. Forward and backward are measured in the same rounds, in as many plain
+PyTorch processes side by side.
 
     python benchmarks/bench_network.py [--settings pair four training] [--modes decided eager] [--short] [--json FILE]
 
@@ -34,6 +35,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,8 +60,8 @@ SETTINGS = ["pair", "four", "training"]
 BOUNDS = {"decided": 1.11, "eager": 1.2}
 #: An eager step is at least so many times as fast as DDP with the FP16 compression hook.
 DDP_BOUND = 1.3
-#: Training: exposed is at most so many times what computing cannot hide.
-EXPOSED_BOUND = 1.1
+#: Training: so much of a step may be exposed beyond what computing cannot hide.
+EXPOSED_BOUND = 0.1
 TRAINING_BITS_PER_S = 500e6
 #: The embedding is tied: its gradient is the last to be ready and its weights are needed first, so that they cross
 #: beside no computation. A small vocabulary makes it a small part, as it is of a large model.
@@ -194,32 +196,40 @@ class Training:
         push_s = max(0.0, self.transfer_s - self.compute.backward_s)
         return push_s + max(0.0, self.transfer_s - self.compute.forward_s)
 
+    @property
+    def beyond(self) -> float:
+        """What is exposed beyond that, as a part of the step."""
+        return (self.exposed_s - self.allowed_s) / self.step_s
 
-def measure_training(hosts: list[Host], rounds: int, steps: int, report: Report) -> None:
-    """Measure what a training step takes beyond computing; rounds alternate with computing alone."""
-    workers, shards = hosts[: len(hosts) // 2], hosts[len(hosts) // 2 :]
-    layout = Layout(shards[0], shards, workers)
-    found: list[Training] = []
-    with tempfile.TemporaryDirectory(prefix="windlass-network-") as name:
+
+def measure_training(layouts: list[Layout], rounds: int, steps: int, report: Report) -> None:
+    """Measure what a training step takes beyond computing; rounds alternate between layouts and computing alone."""
+    found: list[list[Training]] = [[] for _ in layouts]
+    with tempfile.TemporaryDirectory(prefix="windlass-network-") as name, ExitStack() as stack:
         text = Path(name) / "text.txt"
         write_corpus(text)
         job = [*GPT, f"data.paths=['{text}']", f"data.cache_dir={Path(name) / 'cache'}", *MODES["decided"]]
         parameters = estimate(load_job(None, job)).num_parameters
-        crossing = Crossing.of(layout, parameters)
-        with Alone(job, len(workers)) as alone:
-            for _ in range(rounds):
-                line = line_rate(workers[0], shards[0], int(LINE_S * TRAINING_BITS_PER_S / 8))
-                before = alone.run(steps)
+        alone = [stack.enter_context(Alone(job, len(layout.workers))) for layout in layouts]
+        for _ in range(rounds):
+            line = line_rate(layouts[0].workers[0], layouts[0].shards[0], int(LINE_S * TRAINING_BITS_PER_S / 8))
+            for layout, computing, rows in zip(layouts, alone, found, strict=True):
+                before = computing.run(steps)
                 seconds = step_seconds(run_training(layout, steps, *job))
-                transfer_s = crossing.floor_bytes("decided") / 2 / line
-                found.append(Training(before.mean(alone.run(steps)), statistics.median(seconds), transfer_s))
+                transfer_s = Crossing.of(layout, parameters).floor_bytes("decided") / 2 / line
+                compute = before.mean(computing.run(steps))
+                rows.append(Training(compute, statistics.median(seconds), transfer_s))
+    for layout, rows in zip(layouts, found, strict=True):
+        hosts = f"{len(layout.workers)} + {len(layout.shards)}"
+        _report(f"{hosts}, {TRAINING_BITS_PER_S / 1e6:.0f} Mbit/s, GPT of {parameters / 1e6:.1f}M", rows, report)
 
+
+def _report(setting: str, rows: list[Training], report: Report) -> None:
     def median(of: Callable[[Training], float]) -> float:
-        return statistics.median(of(training) for training in found)
+        return statistics.median(of(training) for training in rows)
 
-    setting = f"{len(workers)} + {len(shards)}, {TRAINING_BITS_PER_S / 1e6:.0f} Mbit/s, GPT of {parameters / 1e6:.1f}M"
     times = Times()
-    for training in found:
+    for training in rows:
         times.note(training.step_s, training.compute.seconds + training.allowed_s)
     times.row(report, setting, "training")
     report.note(f"{setting}: forward alone, s", median(lambda training: training.compute.forward_s))
@@ -227,9 +237,9 @@ def measure_training(hosts: list[Host], rounds: int, steps: int, report: Report)
     report.note(f"{setting}: bytes one way at the line rate, s", median(lambda training: training.transfer_s))
     report.note(f"{setting}: exposed, s", median(lambda training: training.exposed_s))
     report.note(f"{setting}: what computing cannot hide, s", median(lambda training: training.allowed_s))
-    ratio = median(lambda training: training.exposed_s / training.allowed_s)
-    name = f"{setting}: time exposed, times what computing cannot hide"
-    report.check(Check(name, ratio, EXPOSED_BOUND, ratio <= EXPOSED_BOUND))
+    beyond = median(lambda training: training.beyond)
+    name = f"{setting}: time exposed beyond what computing cannot hide, part of the step"
+    report.check(Check(name, beyond, EXPOSED_BOUND, beyond <= EXPOSED_BOUND))
 
 
 def _pair(hosts: list[Host]) -> list[Setting]:
@@ -245,6 +255,12 @@ def _four(hosts: list[Host]) -> list[Setting]:
         Setting("4 + 4 on 8 hosts, 200 Mbit/s, 5M", 5_000_000, 200e6, Layout(shards[0], shards, workers)),
         Setting("4 + 4 on 4 hosts, 200 Mbit/s, 5M", 5_000_000, 200e6, Layout(workers[0], workers, workers)),
     ]
+
+
+def _training(hosts: list[Host]) -> list[Layout]:
+    """One worker and one shard, two and two; all on hosts of their own, which share this machine's cores."""
+    first, second, third, fourth = hosts
+    return [Layout(third, [third], [first]), Layout(third, [third, fourth], [first, second])]
 
 
 def main() -> None:
@@ -272,7 +288,7 @@ def main() -> None:
             measure(_four(network.hosts), arguments.modes, rounds, steps, report)
     if "training" in arguments.settings:
         with Network(4, TRAINING_BITS_PER_S) as network:
-            measure_training(network.hosts, rounds, steps, report)
+            measure_training(_training(network.hosts), rounds, steps, report)
     report.finish(arguments.json)
 
 
