@@ -34,7 +34,7 @@ import statistics
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,14 +100,18 @@ class Crossing:
     push_in: Counter[Host]
 
     @classmethod
-    def of(cls, layout: Layout, parameters: int) -> Crossing:
-        """Add up what goes from each worker to each shard on another host; pulls are the same the other way."""
+    def of(cls, layout: Layout, shard_bytes: Sequence[int]) -> Crossing:
+        """Add up what goes from each worker to each shard on another host; pulls are the same the other way.
+
+        Args:
+            shard_bytes: of the gradient, by shard.
+        """
         out, into = Counter[Host](), Counter[Host]()
         for worker in layout.workers:
-            for shard in layout.shards:
+            for shard, num_bytes in zip(layout.shards, shard_bytes, strict=True):
                 if shard != worker:
-                    out[worker] += WIRE_BYTES * parameters // len(layout.shards)
-                    into[shard] += WIRE_BYTES * parameters // len(layout.shards)
+                    out[worker] += num_bytes
+                    into[shard] += num_bytes
         return cls(out, into)
 
     def floor_bytes(self, mode: str) -> int:
@@ -145,7 +149,8 @@ def measure(settings: list[Setting], modes: list[str], rounds: int, steps: int, 
         line = line_rate(host, other, int(LINE_S * first.bits_per_s / 8))
         lines.append(line)
         for setting in settings:
-            crossing = Crossing.of(setting.layout, setting.parameters)
+            num_shards = len(setting.layout.shards)
+            crossing = Crossing.of(setting.layout, [WIRE_BYTES * setting.parameters // num_shards] * num_shards)
             for mode in modes:
                 seconds = step_seconds(run_load(setting.layout, Load(setting.parameters), steps, *MODES[mode]))
                 floor_s = crossing.floor_bytes(mode) / line
@@ -210,18 +215,24 @@ def measure_training(layouts: list[Layout], rounds: int, steps: int, report: Rep
         write_corpus(text)
         job = [*GPT, f"data.paths=['{text}']", f"data.cache_dir={Path(name) / 'cache'}", *MODES["decided"]]
         parameters = estimate(load_job(None, job)).num_parameters
+        crossings = [Crossing.of(layout, _shard_bytes(job, len(layout.shards))) for layout in layouts]
         alone = [stack.enter_context(Alone(job, len(layout.workers))) for layout in layouts]
         for _ in range(rounds):
             line = line_rate(layouts[0].workers[0], layouts[0].shards[0], int(LINE_S * TRAINING_BITS_PER_S / 8))
-            for layout, computing, rows in zip(layouts, alone, found, strict=True):
-                before = computing.run(steps)
+            for layout, crossing, computing, rows in zip(layouts, crossings, alone, found, strict=True):
+                before = computing.run(steps // 2)
                 seconds = step_seconds(run_training(layout, steps, *job))
-                transfer_s = Crossing.of(layout, parameters).floor_bytes("decided") / 2 / line
-                compute = before.mean(computing.run(steps))
+                transfer_s = crossing.floor_bytes("decided") / 2 / line
+                compute = before.mean(computing.run(steps // 2))
                 rows.append(Training(compute, statistics.median(seconds), transfer_s))
     for layout, rows in zip(layouts, found, strict=True):
         hosts = f"{len(layout.workers)} + {len(layout.shards)}"
         _report(f"{hosts}, {TRAINING_BITS_PER_S / 1e6:.0f} Mbit/s, GPT of {parameters / 1e6:.1f}M", rows, report)
+
+
+def _shard_bytes(job: list[str], num_shards: int) -> tuple[int, ...]:
+    """What the plan gives each shard: of so few chunks one more than another has is a few percent."""
+    return estimate(load_job(None, [*job, f"cluster.shards={num_shards}"])).wire_bytes
 
 
 def _report(setting: str, rows: list[Training], report: Report) -> None:
