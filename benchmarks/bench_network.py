@@ -165,7 +165,7 @@ def measure(settings: list[Setting], modes: list[str], rounds: int, steps: int, 
             found = times[setting.name, mode]
             found.row(report, setting.name, mode)
             ratio, bound = statistics.median(found.ratios), BOUNDS[mode]
-            name = f"{setting.name}: a {mode} step, times its bytes at the line rate"
+            name = f"{setting.name}: {mode}, times its bytes at the line rate"
             report.check(Check(name, ratio, bound, ratio <= bound))
     if ring.seconds:
         ring.row(report, first.name, "DDP gloo fp16 hook")
