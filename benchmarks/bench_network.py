@@ -248,6 +248,9 @@ def _report(setting: str, rows: list[Training], report: Report) -> None:
     report.note(f"{setting}: bytes one way at the line rate, s", median(lambda training: training.transfer_s))
     report.note(f"{setting}: exposed, s", median(lambda training: training.exposed_s))
     report.note(f"{setting}: what computing cannot hide, s", median(lambda training: training.allowed_s))
+    if all(training.allowed_s for training in rows):
+        ratio = median(lambda training: training.exposed_s / training.allowed_s)
+        report.note(f"{setting}: exposed, times what computing cannot hide", ratio)
     beyond = median(lambda training: training.beyond)
     name = f"{setting}: time exposed beyond what computing cannot hide, part of the step"
     report.check(Check(name, beyond, EXPOSED_BOUND, beyond <= EXPOSED_BOUND))
