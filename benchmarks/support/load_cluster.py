@@ -1,4 +1,4 @@
-"""A cluster whose workers have their gradients already: real coordinator, shards and sessions, no compute."""
+"""Clusters on hosts: real coordinator, shards and sessions; workers that compute, or have their gradients already."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,8 @@ from workers.launch.environment import MALLOC_TUNABLES
 DEADLINE_S = 240.0
 #: Steps before the ones that count: memory is touched, connections find their speed.
 WARM_UP_STEPS = 2
+_LOOK_S = 0.02
+CLI = [sys.executable, "-m", "workers.cli.main"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,31 @@ class Load:
     tensors: int | None = None
 
 
+#: The command of a worker: the coordinator's address and the rank are given.
+WorkerCommand = Callable[[str, int], list[str]]
+
+
 def run_load(layout: Layout, load: Load, steps: int, *overrides: str) -> list[dict[str, Any]]:
+    """Run workers that have their gradients already; otherwise as `run_cluster`."""
+    tensors = ["--tensors", str(load.tensors)] if load.tensors else []
+
+    def worker(address: str, rank: int) -> list[str]:
+        command = [sys.executable, "-m", "benchmarks.support.load_worker", address, "--rank", str(rank)]
+        return [*command, "--parameters", str(load.parameters), *tensors]
+
+    return run_cluster(layout, worker, steps, *overrides)
+
+
+def run_training(layout: Layout, steps: int, *job: str) -> list[dict[str, Any]]:
+    """Run workers that train the model of `job`; otherwise as `run_cluster`."""
+
+    def worker(address: str, rank: int) -> list[str]:
+        return [*CLI, "worker", "--coordinator", address, "--rank", str(rank), "--insecure"]
+
+    return run_cluster(layout, worker, steps, *job)
+
+
+def run_cluster(layout: Layout, worker: WorkerCommand, steps: int, *overrides: str) -> list[dict[str, Any]]:
     """Run a cluster for `steps` steps and some to warm up; one contribution per worker unless `overrides` differ.
 
     Returns:
@@ -58,7 +84,6 @@ def run_load(layout: Layout, load: Load, steps: int, *overrides: str) -> list[di
     with tempfile.TemporaryDirectory(prefix="windlass-load-") as name, ExitStack() as stack:
         folder, run = Path(name), Path(name) / "run"
         here = environment(GLIBC_TUNABLES=MALLOC_TUNABLES)
-        cli = [sys.executable, "-m", "workers.cli.main"]
         job = [
             f"run_dir={run}",
             f"cluster.shards={len(layout.shards)}",
@@ -71,26 +96,25 @@ def run_load(layout: Layout, load: Load, steps: int, *overrides: str) -> list[di
             *overrides,
         ]
 
-        def start(host: Host, log: str, *command: str) -> subprocess.Popen[Any]:
-            file = stack.enter_context((folder / f"{log}.log").open("w"))
-            return stack.enter_context(running(host.command(command), here, stdout=file, stderr=subprocess.STDOUT))
+        started: dict[str, subprocess.Popen[Any]] = {}
+
+        def start(host: Host, name: str, *command: str) -> None:
+            file = stack.enter_context((folder / f"{name}.log").open("w"))
+            options = {"stdout": file, "stderr": subprocess.STDOUT}
+            started[name] = stack.enter_context(running(host.command(command), here, **options))
 
         serve = ["--listen", f"{layout.coordinator.address}:0", "--insecure"]
-        coordinator = start(layout.coordinator, "coordinator", *cli, "coordinator", *serve, *job)
+        start(layout.coordinator, "coordinator", *CLI, "coordinator", *serve, *job)
         try:
-            address = _address(run, coordinator)
+            address = _address(run, started)
             for index, host in enumerate(layout.shards):
                 listen = ["--listen", f"{host.address}:0", "--insecure"]
                 where = ["--coordinator", address, "--index", str(index)]
-                start(host, f"shard-{index}", *cli, "shard", *where, *listen)
-            tensors = ["--tensors", str(load.tensors)] if load.tensors else []
-            model = ["--parameters", str(load.parameters), *tensors]
+                start(host, f"shard-{index}", *CLI, "shard", *where, *listen)
             for rank, host in enumerate(layout.workers):
-                worker = [sys.executable, "-m", "benchmarks.support.load_worker", address, "--rank", str(rank)]
-                start(host, f"worker-{rank}", *worker, *model)
-            if coordinator.wait(DEADLINE_S) != 0:
-                raise RuntimeError(f"the coordinator ended with exit code {coordinator.returncode}")
-        except (RuntimeError, subprocess.TimeoutExpired) as error:
+                start(host, f"worker-{rank}", *worker(address, rank))
+            _await(lambda: started["coordinator"].poll() == 0, started, "the run does not end")
+        except RuntimeError as error:
             for log in sorted(folder.glob("*.log")):
                 print(f"--- {log.name}", log.read_text()[-2000:], sep="\n", file=sys.stderr)
             raise SystemExit(f"the cluster failed: {error}") from None
@@ -103,11 +127,30 @@ def step_seconds(lines: Sequence[dict[str, Any]]) -> list[float]:
     return [line["step_seconds"] for line in lines]
 
 
-def _address(run: Path, coordinator: subprocess.Popen[Any]) -> str:
+def _address(run: Path, started: Mapping[str, subprocess.Popen[Any]]) -> str:
+    """Where the coordinator is, once it says so."""
+    _await(lambda: bool(_members(run)), started, "the coordinator does not start")
+    return str(_members(run)[0]["address"])
+
+
+def _members(run: Path) -> list[dict[str, Any]]:
+    try:
+        return list(json.loads((run / "cluster.json").read_text()))
+    except OSError:
+        return []
+
+
+def _await(there: Callable[[], bool], started: Mapping[str, subprocess.Popen[Any]], otherwise: str) -> None:
+    """Wait until something is there.
+
+    Raises:
+        RuntimeError: it takes too long, or a process has failed: the others would wait for it until then.
+    """
     deadline = time.monotonic() + DEADLINE_S
-    while time.monotonic() < deadline and coordinator.poll() is None:
-        try:
-            return str(json.loads((run / "cluster.json").read_text())[0]["address"])
-        except (OSError, ValueError, IndexError):
-            time.sleep(0.02)
-    raise RuntimeError("the coordinator did not start")
+    while not there():
+        for name, process in started.items():
+            if process.poll() not in (None, 0):
+                raise RuntimeError(f"{name} ended with exit code {process.returncode}")
+        if time.monotonic() > deadline:
+            raise RuntimeError(otherwise)
+        time.sleep(_LOOK_S)

@@ -27,6 +27,8 @@ from ps.kernels.compile import warm_up_worker
 from ps.kernels.convert import decode, encode
 from ps.pages import float32_zeros
 from ps.sharding import Chunk, make_plan
+from ps.telemetry.courier import Courier
+from ps.telemetry.trace import Recorder
 from ps.types import ParameterTable, TensorSpec, WireDtype
 from ps.wire.session import Session
 from workers.config import JobConfig
@@ -116,12 +118,18 @@ def main() -> None:
     wire = job.precision.wire
     warm_up_worker(wire)
     arrays: Any = FlatArrays(make_plan(table, job.cluster.shards).size, wire, rank)
-    client = ParameterClient(GrpcTransport(), inbox, rank, incarnation, table, arrays, Sharing(job.launch.transport))
+    trace = Recorder(job.traced_steps)
+    sharing = Sharing(job.launch.transport)
+    client = ParameterClient(GrpcTransport(), inbox, rank, incarnation, table, arrays, sharing, trace)
+    slots = job.batch.micro_batches_per_step
+    courier = Courier(session, trace)
     session.start()
+    courier.start()
     try:
-        work(Duty(session, inbox, client, job.batch.micro_batches_per_step, wire, eager=job.is_eager))
+        work(Duty(session, inbox, client, slots, wire, eager=job.is_eager, trace=trace))
     finally:
         client.close()
+        courier.close()
         session.close()
 
 
