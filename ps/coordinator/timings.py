@@ -26,17 +26,20 @@ class Spent:
     wait_s: float = 0.0
 
 
+_SECONDS = ("step_seconds", "compute_seconds", "push_seconds", "pull_seconds", "wait_seconds")
+
+
 class Speed:
-    """How fast the last steps were, and what the last one took."""
+    """How fast the last steps were, and what each part of a step took last."""
 
     def __init__(self) -> None:
         self._recent: deque[tuple[float, int]] = deque(maxlen=SPEED_WINDOW)
-        #: The last step's line of metrics.jsonl; empty: there was none.
-        self.last: dict[str, Any] = {}
+        #: By the names in metrics.jsonl. Of the last step that has it: a worker may report its part after the step is over.
+        self.seconds: dict[str, float] = {}
 
     def note(self, line: dict[str, Any]) -> None:
         """A step was closed, with this line."""
-        self.last = line
+        self.seconds |= {name: line[name] for name in _SECONDS if line[name] is not None}
         if line["step_seconds"] is not None:
             self._recent.append((line["step_seconds"], line["tokens"]))
 
