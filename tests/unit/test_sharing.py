@@ -225,6 +225,20 @@ def test_the_answer_to_an_earlier_greeting_changes_nothing(shard: Rig, worker: W
     early.close()
 
 
+def test_that_an_earlier_greeting_came_too_late_says_nothing_about_this_one(shard: Rig, worker: Worker) -> None:
+    """A shard that is busy reads it when the worker has greeted again, and let go of what it offered first."""
+    early, late = worker.make_places(), worker.make_places()
+    worker.places = early
+    offered = early.offer()
+    early.close()
+    (first,) = worker.send(replace(shard.hello(), **offered))
+    assert first.shared == ""
+    assert late.welcomed(first) is None
+    worker.places = late
+    worker.begin()
+    assert late.ready
+
+
 @pytest.mark.parametrize("place", [1 << 40, 64 * 1000, 2], ids=["behind the end", "partly", "not aligned"])
 def test_a_place_that_is_none_is_refused(shard: Rig, worker: Worker, place: int) -> None:
     if place == 64 * 1000:
