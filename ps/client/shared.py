@@ -106,11 +106,12 @@ class SharedPlaces:
         gradients = self._gradients
         if gradients is None:
             raise SharedMemoryError("this process has no shared memory")
+        if header.greeting != self.greeting:
+            # What it offered is gone, maybe before the shard came to it.
+            return None
         try:
             published = Segment.attach(header.shared, header.shared_bytes) if header.shared else None
-            if header.nonce and header.nonce != gradients.nonce:
-                return None
-            if published is None:
+            if published is None or header.nonce != gradients.nonce:
                 raise SharedMemoryError("the shard has not attached this worker's segment")
         except SharedMemoryError:
             self.close()

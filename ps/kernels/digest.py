@@ -4,7 +4,7 @@ hash = sum over blocks of key(block) * (sum over 64-bit words of lo * hi + word)
 each word is xored with a random key of its offset in the block, and lo and hi are its halves. The length is not
 hashed: it is checked where the payload's place is known.
 
-- Changing one word changes the hash, as in `hashing`, whose third word this is alone.
+- Changing either half of one word always changes the hash, as in `hashing`, whose third word this is alone.
 - Any other change is missed with a probability of about 2^-32.
 - It is read from registers: encoding is bound by memory, and reading a payload once more is a third of its time.
 """

@@ -154,6 +154,7 @@ class Exchange:
                 engine.protocol.step,
                 engine.protocol.applied,
                 held,
+                greeting=header.greeting,
                 **shared,
             )
         self._reply(welcome)

@@ -75,7 +75,7 @@ class Push(Fenced):
     slots: int
     loss_scale: float
     dtype: str
-    #: XXH3-64 of the payload, 8 bytes.
+    #: `ps.kernels.digest.hash_payload` of the payload, 8 bytes.
     hash: bytes
     #: One bit per run of the chunk, least significant first: it had a gradient.
     present: bytes
@@ -145,6 +145,8 @@ class Welcome(Header):
     nonce: bytes = b""
     shared: str = ""
     shared_bytes: int = 0
+    #: The greeting that this answers; 0: it offered no memory.
+    greeting: int = 0
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,12 @@ HEADER_BYTES = 64
 class Segment:
     """A mapped piece of shared memory. Views of it keep it mapped."""
 
+    #: Of one that could not be mapped: its descriptor stays the caller's.
+    _descriptor = -1
+
     def __init__(self, descriptor: int, size: int, name: str = "") -> None:
-        self._descriptor = descriptor
         self._memory = mmap.mmap(descriptor, HEADER_BYTES + size)
+        self._descriptor = descriptor
         self.size = size
         #: By which a peer attaches it; empty for whoever attached it.
         self.name = name
@@ -83,7 +86,7 @@ class Segment:
         """Map another process's segment.
 
         Raises:
-            SharedMemoryError: there is no such segment here, or it is not this user's own.
+            SharedMemoryError: there is no such segment here, it is not this user's own, or it cannot be mapped.
         """
         found = _NAME.fullmatch(name)
         if found is None:
@@ -101,8 +104,10 @@ class Segment:
             if opened.st_uid != os.geteuid() or opened.st_size != HEADER_BYTES + size or not sealed:
                 raise SharedMemoryError(f"{path} is not a sealed segment of {size:,} bytes of this user")
             return cls(descriptor, size)
-        except BaseException:
+        except BaseException as error:
             os.close(descriptor)
+            if isinstance(error, OSError):
+                raise SharedMemoryError(f"{size:,} bytes cannot be mapped: {error}") from None
             raise
 
     @property

@@ -275,7 +275,7 @@ def test_a_place_is_not_told_of_before_the_proof(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ShardLinks, "send", looking)
     segment = Segment.create(1024)
     nonce = places._gradients.nonce
-    client.say(Welcome(0, 9, 1, 1, 5, 5, [], nonce=nonce, shared=segment.name, shared_bytes=1024))
+    client.say(Welcome(0, 9, 1, 1, 5, 5, [], nonce=nonce, shared=segment.name, shared_bytes=1024, greeting=1))
     assert "attach" in client.kinds
     assert rooms == [None]
     assert places.room(5, 0, chunk) is not None

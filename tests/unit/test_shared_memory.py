@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import mmap
 import os
 import signal
 import subprocess
@@ -51,6 +53,25 @@ def test_a_view_outlives_the_segment(segment: Segment) -> None:
 
 def test_two_segments_have_two_nonces(segment: Segment) -> None:
     assert Segment.create(64).nonce != segment.nonce
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_what_cannot_be_mapped_closes_its_file_once(
+    segment: Segment, monkeypatch: pytest.MonkeyPatch, attached: bool
+) -> None:
+    """A second time it would be somebody else's, who has been given the number meanwhile."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(12, "no address space")
+
+    closed: list[int] = []
+    close = os.close
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    monkeypatch.setattr(os, "close", lambda number: (closed.append(number), close(number)))
+    with pytest.raises(SharedMemoryError, match="cannot be mapped"):
+        Segment.attach(segment.name, SIZE) if attached else Segment.create(SIZE)
+    gc.collect()
+    assert len(closed) == 1
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,10 @@ from ps.shard import exchange
 from ps.shard.exchange import Exchange
 from ps.sharding import Chunk
 from ps.wire import shared_memory
-from ps.wire.messages import Ack, Attach, Placed, Push, PushPlaced, Refused, Weights, Welcome
-from tests.support.shards import Rig, drain, encode_frame, make_config, rig
+from ps.wire.messages import Ack, Attach, Placed, Push, PushPlaced, Refused, Unchanged, Weights, Welcome
+from tests.support.eager import eager_config, foregone_of
+from tests.support.plans import table_of_chunks
+from tests.support.shards import Reader, Rig, drain, encode_frame, make_config, rig
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
 
@@ -156,6 +158,48 @@ def test_chunks_are_told_of_as_they_are_published(shard: Rig, worker: Worker, mo
     assert [[chunk for chunk, *_ in chunks] for chunks in told] == [[0], [1]]
 
 
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("chunks", [1, exchange.TOGETHER, exchange.TOGETHER + 1, 11])
+def test_no_stream_sleeps_through_the_end_of_a_step(tmp_path: Path, eager: bool, chunks: int) -> None:
+    """Whoever shares is woken for several chunks at once, however many the last ones are; frames come one by one."""
+    config = eager_config(tmp_path, threads=2) if eager else make_config(tmp_path, threads=2)
+    with rig(config, table=table_of_chunks(chunks)) as shard:
+        worker, frames = Worker(shard), Exchange(shard.engine, 2)
+        worker.begin()
+        readers = [Reader(worker.stream), Reader(frames)]
+        for skip in (False, True, False, False):
+            held = shard.state.applied
+            for reader in readers:
+                reader.exchange.receive(encode_frame(shard.pull(shard.state.version + 1, held)))
+            if eager:
+                shard.engine.foresee(foregone_of(shard))
+            report = shard.push_step()
+            if skip and not eager:
+                shard.skip_step()
+                assert all(isinstance(reader.next()[0], Unchanged) for reader in readers)
+                continue
+            if not eager:
+                shard.tell(shard.decision(report))
+            for reader in readers:
+                assert sorted(pulled_by(reader, chunks)) == list(range(chunks)), "none waits for the step to be closed"
+            if eager:
+                shard.tell(shard.decision(report))
+        for reader in readers:
+            reader.close()
+        assert shard.engine.waiting == {}
+        worker.places.close()
+
+
+def pulled_by(reader: Reader, count: int) -> list[int]:
+    """So many chunks that a stream brings, as they come."""
+    came: list[int] = []
+    while len(came) < count:
+        header, _ = reader.next()
+        assert isinstance(header, Weights | Placed)
+        came += [header.chunk] if isinstance(header, Weights) else [chunk for chunk, *_ in header.chunks]
+    return came
+
+
 def test_weights_that_are_written_while_they_are_read_are_noticed(shard: Rig, worker: Worker) -> None:
     shard.run_step()
     where = worker.pull_placed()[0]
@@ -223,6 +267,20 @@ def test_the_answer_to_an_earlier_greeting_changes_nothing(shard: Rig, worker: W
     assert late.ready
     worker.push(0, shard.chunks[0])
     early.close()
+
+
+def test_that_an_earlier_greeting_came_too_late_says_nothing_about_this_one(shard: Rig, worker: Worker) -> None:
+    """A shard that is busy reads it when the worker has greeted again, and let go of what it offered first."""
+    early, late = worker.make_places(), worker.make_places()
+    worker.places = early
+    offered = early.offer()
+    early.close()
+    (first,) = worker.send(replace(shard.hello(), **offered))
+    assert first.shared == ""
+    assert late.welcomed(first) is None
+    worker.places = late
+    worker.begin()
+    assert late.ready
 
 
 @pytest.mark.parametrize("place", [1 << 40, 64 * 1000, 2], ids=["behind the end", "partly", "not aligned"])
