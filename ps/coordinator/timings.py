@@ -34,7 +34,7 @@ class Speed:
 
     def __init__(self) -> None:
         self._recent: deque[tuple[float, int]] = deque(maxlen=SPEED_WINDOW)
-        #: By the names in metrics.jsonl. Of the last step that has it: a worker may report its part after the step is over.
+        #: By the names in metrics.jsonl, each of the last step that has it: a worker may report after its step is over.
         self.seconds: dict[str, float] = {}
 
     def note(self, line: dict[str, Any]) -> None:

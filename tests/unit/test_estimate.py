@@ -185,6 +185,13 @@ def test_validate_prints_every_key_and_where_it_comes_from(
     assert [path.name for path in tmp_path.iterdir()] == ["my.yaml"]
 
 
+def test_validate_says_whether_steps_are_eager(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    eager = ["precision.wire=bf16", "optimizer.clip_norm=0"]
+    for overrides, kind in (([], "decided"), (eager, "eager"), ([*eager, "training.eager=false"], "decided")):
+        _, out, _ = call(capsys, f"run_dir={tmp_path / 'run'}", *overrides)
+        assert f"steps        {kind}: " in out
+
+
 def test_validate_as_json_is_the_estimate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, "--json", f"run_dir={tmp_path / 'run'}", "cluster.workers=3")
     assert code == 0

@@ -125,6 +125,10 @@ def _lines(expected: Estimate, job: JobConfig) -> Iterator[tuple[str, str]]:
         f"{threads} for the kernels of each shard"
         + ("" if job.cluster.threads_per_shard else f", where all shards share {cores} cores as on this host"),
     )
+    yield (
+        "steps",
+        "eager: chunks are updated as they are reduced" if job.is_eager else "decided: updated once all is reduced",
+    )
     yield "memory", _memory(expected.coordinator)
     for shard in _few(expected.shards):
         yield "", _memory(shard)
