@@ -1,10 +1,11 @@
 """What an exchange costs as parameters, tensors, workers and shards grow: nothing may grow faster than its bytes.
 
 From gradients present to weights updated, conversions included, over gRPC on this machine, with torch-free workers
-whose gradients are there already. Each part holds one thing against another in the same round:
+whose gradients are there already unless it says otherwise. Each part holds one thing against another in the same round:
 
     parameters  2 workers, 1 shard: seconds per parameter at 50M against those at 10M
     tensors     the same, 50M in 10,000 tensors against 50M in 100
+    hooks       the same with a torch module, whose gradients come through the hooks of a backward that computes nothing
     workers     16 workers with C = 16 against 2 with C = 2: 8 times the bytes
     shards      2 and 4 against 1: the work is the same, on a machine with fewer cores than processes
     threads     2 kernel threads of a shard against 1, 50M; threads-shm: through shared memory
@@ -39,10 +40,11 @@ class Case:
     #: Kernel threads of each shard.
     threads: int = 1
     transport: str = "grpc"
+    hooks: bool = False
 
     def seconds(self, steps: int) -> float:
         """The median step."""
-        layout, load = Layout.here(self.shards, self.workers), Load(self.parameters, self.tensors)
+        layout, load = Layout.here(self.shards, self.workers), Load(self.parameters, self.tensors, self.hooks)
         how = (f"cluster.threads_per_shard={self.threads}", f"launch.transport={self.transport}")
         return statistics.median(step_seconds(run_load(layout, load, steps, *how)))
 
@@ -65,6 +67,11 @@ PARTS = {
     ),
     "tensors": Part(
         tuple(Case(50 * MILLION, tensors) for tensors in (100, 10_000)), 1.2, "10,000 tensors against 100, 50M"
+    ),
+    "hooks": Part(
+        tuple(Case(50 * MILLION, tensors, hooks=True) for tensors in (100, 10_000)),
+        1.5,
+        "10,000 tensors against 100, 50M, through gradient hooks",
     ),
     "workers": Part(
         tuple(Case(10 * MILLION, workers=workers) for workers in (2, 16)), 8.8, "16 workers against 2, 10M"

@@ -46,6 +46,8 @@ class Load:
     parameters: int
     #: None: matrices of 1024 x 1024.
     tensors: int | None = None
+    #: Gradients come through the hooks of a torch module, instead of being there.
+    hooks: bool = False
 
 
 #: The command of a worker: the coordinator's address and the rank are given.
@@ -54,11 +56,11 @@ WorkerCommand = Callable[[str, int], list[str]]
 
 def run_load(layout: Layout, load: Load, steps: int, *overrides: str) -> list[dict[str, Any]]:
     """Run workers that have their gradients already; otherwise as `run_cluster`."""
-    tensors = ["--tensors", str(load.tensors)] if load.tensors else []
+    options = [*(["--tensors", str(load.tensors)] if load.tensors else []), *(["--hooks"] if load.hooks else [])]
 
     def worker(address: str, rank: int) -> list[str]:
         command = [sys.executable, "-m", "benchmarks.support.load_worker", address, "--rank", str(rank)]
-        return [*command, "--parameters", str(load.parameters), *tensors]
+        return [*command, "--parameters", str(load.parameters), *options]
 
     return run_cluster(layout, worker, steps, *overrides)
 

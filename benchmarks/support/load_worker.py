@@ -1,6 +1,7 @@
 """A torch-free worker whose gradients are there already: it pushes, pulls and converts, nothing else.
 
-The real session, client and duty; only the model is two flat FP32 arrays.
+The real session, client and duty; only the model is two flat FP32 arrays. Or, with `--hooks`, a torch module whose
+gradients come through the hooks of a backward.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import argparse
 import os
 import random
 import socket
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +29,7 @@ from ps.errors import PsError
 from ps.kernels.compile import warm_up_worker
 from ps.kernels.convert import decode, encode
 from ps.pages import float32_zeros
-from ps.sharding import Chunk, make_plan
+from ps.sharding import Chunk, Plan, make_plan
 from ps.telemetry.courier import Courier
 from ps.telemetry.trace import Recorder
 from ps.types import ParameterTable, TensorSpec, WireDtype
@@ -61,6 +64,9 @@ class FlatArrays:
         self.gradients *= np.float32(1e-3)
         self._wire = wire
 
+    def backward(self, _on_chunk: Callable[[Chunk], None]) -> None:
+        """Nothing: the gradients are there, and no chunk is told of before all are."""
+
     def encode(self, chunk: Chunk, slots: int, room: Array) -> Encoded:
         digest = encode(self.gradients[chunk.start : chunk.stop], slots, self._wire, room)
         return Encoded(digest, ((1 << len(chunk.runs)) - 1).to_bytes(chunk.presence_bytes, "little"))
@@ -79,8 +85,11 @@ class FlatArrays:
         pass
 
 
-def work(duty: Duty) -> None:
+def work(duty: Duty, backward: Callable[[Callable[[Chunk], None]], None]) -> None:
     """Push what is dealt, as soon as its weights are there, until the run ends.
+
+    Args:
+        backward: brings the gradients, and may tell of chunks that it has finished.
 
     Raises:
         PsError: it ended badly.
@@ -93,10 +102,21 @@ def work(duty: Duty) -> None:
         duty.pulled()
         duty.forget_gradient()
         duty.done()
-        duty.push(duty.begin_push(dealt.pending[0], lambda: (1.0, 1)), compute_s=0.0)
+        begun = duty.begin_push(dealt.pending[0], lambda: (1.0, 1))
+        backward(partial(duty.push_chunk, begun))
+        duty.push(begun, compute_s=0.0)
         duty.take(0.0)
     if not duty.end.ok:
         raise PsError(duty.end.reason)
+
+
+def _arrays(hooks: bool, plan: Plan, wire: WireDtype, seed: int) -> Any:
+    if not hooks:
+        return FlatArrays(plan.size, wire, seed)
+    # Torch takes memory and time to import, which the other workers do without.
+    from benchmarks.support.hooked_arrays import HookedArrays
+
+    return HookedArrays(plan, wire, seed)
 
 
 def main() -> None:
@@ -105,6 +125,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--parameters", type=int, required=True)
     parser.add_argument("--tensors", type=int, help="default: matrices of 1024 x 1024")
+    parser.add_argument("--hooks", action="store_true", help="gradients come through a torch module's hooks")
     arguments = parser.parse_args()
     rank, table = arguments.rank, table_of(arguments.parameters, arguments.tensors)
     inbox = Inbox()
@@ -117,7 +138,7 @@ def main() -> None:
     job = from_json(JobConfig, session.register(60.0).job)
     wire = job.precision.wire
     warm_up_worker(wire)
-    arrays: Any = FlatArrays(make_plan(table, job.cluster.shards).size, wire, rank)
+    arrays = _arrays(arguments.hooks, make_plan(table, job.cluster.shards), wire, rank)
     trace = Recorder(job.traced_steps)
     sharing = Sharing(job.launch.transport)
     client = ParameterClient(GrpcTransport(), inbox, rank, incarnation, table, arrays, sharing, trace)
@@ -126,7 +147,7 @@ def main() -> None:
     session.start()
     courier.start()
     try:
-        work(Duty(session, inbox, client, slots, wire, eager=job.is_eager, trace=trace))
+        work(Duty(session, inbox, client, slots, wire, eager=job.is_eager, trace=trace), arrays.backward)
     finally:
         client.close()
         courier.close()

@@ -146,6 +146,12 @@ class ParameterClient:
         for places in self._places.values():
             places.close()
 
+    @property
+    def transport(self) -> str:
+        """How payloads travel to the shards that have answered: "shm", "grpc", "shm+grpc"; empty: none has."""
+        shares = {shard in self._places and self._places[shard].ready for shard in self._welcomed}
+        return "+".join(name for name, share in (("shm", True), ("grpc", False)) if share in shares)
+
     def _offer(self, shard: int) -> dict[str, Any]:
         """Offer a shard shared memory with each greeting, if it is wanted."""
         before = self._places.pop(shard, None)

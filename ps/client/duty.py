@@ -183,7 +183,7 @@ class Duty:
         dealt.evaluate.extend(part for part in deal.evaluate if part not in dealt.known_parts)
         dealt.known_parts.update(deal.evaluate)
         if deal.initialize:
-            self._session.doing("sending initial values")
+            self._say("sending initial values")
             self._client.initialize()
 
     def _report_completed(self) -> None:
@@ -271,7 +271,7 @@ class Duty:
         assert self.dealt is not None, "there is an open step"
         if self._asked_at is None:
             self._asked_at = time.monotonic()
-        self._session.doing(f"step {self.dealt.step}: waiting for weights")
+        self.doing("waiting for weights")
         self._client.pull(self.dealt.step, self.dealt.applied)
 
     def pulled(self) -> float | None:
@@ -290,7 +290,10 @@ class Duty:
     def doing(self, what: str) -> None:
         """Say what the worker does at the open step."""
         assert self.dealt is not None, "there is an open step"
-        self._session.doing(f"step {self.dealt.step}: {what}")
+        self._say(f"step {self.dealt.step}: {what}")
+
+    def _say(self, what: str) -> None:
+        self._session.doing(what, self._client.transport)
 
     def forget_gradient(self) -> None:
         """The gradient's memory is about to be overwritten.

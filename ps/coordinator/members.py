@@ -32,6 +32,8 @@ class MemberState:
     served: bool = False
     last_seen: float = 0.0
     doing: str = ""
+    #: How a worker's payloads travel: "shm", "grpc", "shm+grpc"; empty: not known.
+    transport: str = ""
     #: When it became live or, when it is not, was lost or registered.
     since: float = 0.0
 

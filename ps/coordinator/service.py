@@ -270,6 +270,7 @@ def _leave(machine: Machine, member: MemberState, _event: pb.Leave, now: float) 
 
 
 def _heartbeat(machine: Machine, member: MemberState, event: pb.Heartbeat, now: float) -> None:
+    member.transport = _printable(event.transport)
     if member.role is Role.SHARD and not member.ready and not event.starting:
         machine.started(member, now)
 

@@ -71,6 +71,7 @@ def _member(machine: Machine, member: MemberState, now: float) -> pb.MemberStatu
         live=member.live,
         last_seen_s=max(0.0, now - member.last_seen),
         doing=member.doing,
+        transport=member.transport,
         since_s=max(0.0, now - member.since),
         state=_state(member),
         restarts=machine.members.restarts(member.role, member.rank),

@@ -57,6 +57,7 @@ class Session:
         self._on_message = on_message
         self._on_connect = on_connect
         self._doing = ""
+        self._transport = ""
         self._starting = False
         self._lease_s = 10.0
         self._outbox: queue.SimpleQueue[pb.SessionRequest | None] = queue.SimpleQueue()
@@ -116,15 +117,18 @@ class Session:
         """The member can take part from now on."""
         self._starting = False
         # On a stream that is down it is lost, and the next Hello says it.
-        self.send(heartbeat=pb.Heartbeat(doing=self._doing))
+        self.send(heartbeat=self._heartbeat())
 
     def send(self, **event: Any) -> None:
         """Send one event, by its field name in SessionRequest. Lost when the stream is down."""
         self._outbox.put(pb.SessionRequest(**event))
 
-    def doing(self, text: str) -> None:
-        """Say what the member is doing; travels with the next heartbeat."""
-        self._doing = text
+    def doing(self, text: str, transport: str = "") -> None:
+        """Say what the member is doing, and how a worker's payloads travel; both go with the next heartbeat."""
+        self._doing, self._transport = text, transport
+
+    def _heartbeat(self) -> pb.Heartbeat:
+        return pb.Heartbeat(doing=self._doing, starting=self._starting, transport=self._transport)
 
     def clock(self) -> pb.ClockResponse:
         """Read the coordinator's clock.
@@ -231,7 +235,7 @@ class Session:
                 request = outbox.get(timeout=max(0.0, heartbeat_at - time.monotonic()))
             except queue.Empty:
                 heartbeat_at = time.monotonic() + self._lease_s / 4
-                request = pb.SessionRequest(heartbeat=pb.Heartbeat(doing=self._doing, starting=self._starting))
+                request = pb.SessionRequest(heartbeat=self._heartbeat())
             if request is None:
                 return
             yield request

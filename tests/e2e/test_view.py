@@ -100,6 +100,7 @@ def test_status_of_a_run_folder_and_of_an_address(run: LaunchedRun) -> None:
         assert 0 < spent["wait_s"] <= spent["pull_s"]
         assert 0 < found["wait_s"] <= found["pull_s"] <= 10
         assert found["members"][-1]["metrics_address"] == members[-1]["metrics_address"]
+        assert [m["transport"] for m in found["members"]] == ["", "", "", "shm", "shm"]
 
 
 def test_the_newest_run_is_the_default(run: LaunchedRun, tmp_path: Path) -> None:

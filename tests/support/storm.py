@@ -219,7 +219,7 @@ class Hand:
     def __init__(self, storm: Storm, rank: int, incarnation: int) -> None:
         self.inbox = Inbox()
         #: Stands for the session.
-        session: Any = SimpleNamespace(run=RUN, send=self._hear, doing=lambda _text: None, connected=True)
+        session: Any = SimpleNamespace(run=RUN, send=self._hear, doing=lambda *_: None, connected=True)
         self.chain = Chain(storm.plan, storm.wire, storm.truth, random.Random(storm.rng.random()))
         transport = StormyTransport(
             InProcessTransport(storm.open_stream), random.Random(storm.rng.random()), storm.weather

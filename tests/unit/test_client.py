@@ -251,6 +251,7 @@ def test_weights_in_memory_of_an_earlier_greeting_are_asked_for_again() -> None:
     assert client.parameters.model.version == -1
     asked = client.kinds.count("pull")
     client.welcome()
+    assert client.parameters.transport == "grpc"
     assert client.kinds.count("pull") == asked + 1
     client.bring(6, 0, 1, 2)
     assert client.parameters.model.version == 6
@@ -279,4 +280,5 @@ def test_a_place_is_not_told_of_before_the_proof(monkeypatch: pytest.MonkeyPatch
     assert "attach" in client.kinds
     assert rooms == [None]
     assert places.room(5, 0, chunk) is not None
+    assert client.parameters.transport == "shm"
     client.parameters.close()

@@ -78,7 +78,7 @@ class _Session:
     def send(self, **event: Any) -> None:
         self.sent.append(event)
 
-    def doing(self, text: str) -> None:
+    def doing(self, text: str, transport: str = "") -> None:
         pass
 
     def close(self) -> None:

@@ -36,7 +36,7 @@ class Bench:
         self.shard.source.decode = self._decode  # type: ignore[method-assign]
         self._version = -1
         self.sent: list[dict[str, Any]] = []
-        session: Any = SimpleNamespace(run="run", send=lambda **event: self.sent.append(event), doing=lambda _: None)
+        session: Any = SimpleNamespace(run="run", send=lambda **event: self.sent.append(event), doing=lambda *_: None)
         client = self.shard.parameters
         #: Seconds that pushing took beyond computing.
         self.push_s: list[float] = []

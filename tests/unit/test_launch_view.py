@@ -66,6 +66,7 @@ MESSAGE = pb.StatusResponse(
             since_s=3690,
             last_seen_s=0.2,
             doing="step 812: pushed, waiting for the decision",
+            transport="shm",
             last=pb.Contributed(step=811, contribution=0, compute_s=0.912, push_s=0.0412, pull_s=0.1, wait_s=0.09),
         ),
         pb.MemberStatus(
@@ -111,6 +112,7 @@ def test_a_wide_terminal_shows_everything(snapshot: Snapshot) -> None:
         "912 ms",
         "41.2 ms",
         "100 ms",
+        "shm",
         "node-1:13",
         "node-1:9101",
         "pushed, w",
@@ -137,7 +139,7 @@ def test_columns_go_in_the_order_of_need(snapshot: Snapshot) -> None:
         next(line.split() for line in draw(snapshot, width) if "state" in line) for width in (140, 105, 80, 45, 30)
     ]
     assert heads == [
-        ["state", "seen", "compute", "push", "pull", "waiting", "restarts", "process", "metrics", "doing"],
+        ["state", "seen", "compute", "push", "pull", "waiting", "restarts", "via", "process", "metrics", "doing"],
         ["state", "seen", "compute", "push", "pull", "waiting", "restarts", "doing"],
         ["state", "seen", "restarts", "doing"],
         ["state", "seen"],

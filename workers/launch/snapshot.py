@@ -47,6 +47,8 @@ class MemberSnapshot:
     metrics_address: str = ""
     restarts: int = 0
     last_contribution: Spent | None = None
+    #: How a worker's payloads travel: "shm", "grpc" or, different from shard to shard, "shm+grpc".
+    transport: str = ""
 
     @property
     def name(self) -> str:
@@ -200,6 +202,7 @@ def _member(message: pb.MemberStatus) -> MemberSnapshot:
         who.metrics_address,
         message.restarts,
         spent if message.HasField("last") else None,
+        message.transport,
     )
 
 

@@ -36,6 +36,7 @@ _NEED = (
     ("doing",),
     ("restarts",),
     ("compute", "push", "pull", "waiting"),
+    ("transport",),
     ("process",),
     ("metrics",),
 )
@@ -259,6 +260,7 @@ def _columns(members: Sequence[MemberSnapshot]) -> dict[str, _Column]:
         "restarts": _Column(
             "restarts", [Text(str(m.restarts or ""), style="yellow") for m in members], least=8, right=True
         ),
+        "transport": _Column("via", [Text(member.transport) for member in members]),
         "process": _Column("process", [Text(_process(member)) for member in members]),
         "metrics": _Column("metrics", [Text(member.metrics_address) for member in members]),
         "doing": _Column("doing", [Text(_STEP.sub("", member.doing)) for member in members]),

@@ -62,12 +62,14 @@ class Hello(_message.Message):
     def __init__(self, member: _Optional[_Union[_common_pb2.Member, _Mapping]] = ..., run: _Optional[str] = ..., starting: bool = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("doing", "starting")
+    __slots__ = ("doing", "starting", "transport")
     DOING_FIELD_NUMBER: _ClassVar[int]
     STARTING_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     doing: str
     starting: bool
-    def __init__(self, doing: _Optional[str] = ..., starting: bool = ...) -> None: ...
+    transport: str
+    def __init__(self, doing: _Optional[str] = ..., starting: bool = ..., transport: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
     __slots__ = ("table", "data_digest", "evaluation_parts")
@@ -346,7 +348,7 @@ class Wait(_message.Message):
     def __init__(self, role: _Optional[str] = ..., rank: _Optional[int] = ..., what: _Optional[str] = ..., since_s: _Optional[float] = ..., last_seen_s: _Optional[float] = ...) -> None: ...
 
 class MemberStatus(_message.Message):
-    __slots__ = ("member", "live", "last_seen_s", "doing", "since_s", "restarts", "last", "state")
+    __slots__ = ("member", "live", "last_seen_s", "doing", "since_s", "restarts", "last", "state", "transport")
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     LIVE_FIELD_NUMBER: _ClassVar[int]
     LAST_SEEN_S_FIELD_NUMBER: _ClassVar[int]
@@ -355,6 +357,7 @@ class MemberStatus(_message.Message):
     RESTARTS_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     member: _common_pb2.Member
     live: bool
     last_seen_s: float
@@ -363,4 +366,5 @@ class MemberStatus(_message.Message):
     restarts: int
     last: Contributed
     state: str
-    def __init__(self, member: _Optional[_Union[_common_pb2.Member, _Mapping]] = ..., live: bool = ..., last_seen_s: _Optional[float] = ..., doing: _Optional[str] = ..., since_s: _Optional[float] = ..., restarts: _Optional[int] = ..., last: _Optional[_Union[Contributed, _Mapping]] = ..., state: _Optional[str] = ...) -> None: ...
+    transport: str
+    def __init__(self, member: _Optional[_Union[_common_pb2.Member, _Mapping]] = ..., live: bool = ..., last_seen_s: _Optional[float] = ..., doing: _Optional[str] = ..., since_s: _Optional[float] = ..., restarts: _Optional[int] = ..., last: _Optional[_Union[Contributed, _Mapping]] = ..., state: _Optional[str] = ..., transport: _Optional[str] = ...) -> None: ...
