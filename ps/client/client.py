@@ -252,6 +252,10 @@ class ParameterClient:
         self._trace.since_last("receive", "pull", self.pulled.step, chunk=came, track=_track(shard))
         if isinstance(header, Weights):
             chunk = self._chunk(shard, header.chunk)
+            if payload.nbytes != (expected := chunk.size * self._dtype.itemsize):
+                raise MalformedFrame(
+                    f"shard {shard} sent {payload.nbytes} bytes of weights for chunk {chunk.index} of {expected} bytes"
+                )
             weights = np.frombuffer(payload, self._dtype.numpy)
 
             def write() -> bool:

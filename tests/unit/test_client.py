@@ -201,6 +201,13 @@ def test_weights_of_a_chunk_that_is_not_the_shards_are_an_error(client: Client) 
         client.say(Weights(6, 3, "fp16"))
 
 
+@pytest.mark.parametrize("num_bytes", [0, 7, 8])
+def test_weights_of_another_length_are_an_error(client: Client, num_bytes: int) -> None:
+    client.parameters.pull(6, 6)
+    with pytest.raises(MalformedFrame, match=f"sent {num_bytes} bytes of weights for chunk 0 of "):
+        client.say(Weights(6, 0, "fp16"), memoryview(bytes(num_bytes)))
+
+
 def test_a_pull_that_is_gone_is_forgotten_and_no_other(client: Client) -> None:
     client.welcome()
     client.parameters.pull(6, 6)
