@@ -124,8 +124,11 @@ class Session:
         self._outbox.put(pb.SessionRequest(**event))
 
     def doing(self, text: str, transport: str = "") -> None:
-        """Say what the member is doing, and how a worker's payloads travel; both go with the next heartbeat."""
+        """Say what the member is doing, with the next heartbeat, and how payloads travel, at once if that is new."""
+        is_new = transport != self._transport
         self._doing, self._transport = text, transport
+        if is_new:
+            self.send(heartbeat=self._heartbeat())
 
     def _heartbeat(self) -> pb.Heartbeat:
         return pb.Heartbeat(doing=self._doing, starting=self._starting, transport=self._transport)
