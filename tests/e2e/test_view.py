@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.eventually import eventually
 from tests.support.launched import LaunchedRun, launched, processes_of, tiny_job, train, windlass
 from tests.support.terminal import on_terminal
 
@@ -97,10 +98,19 @@ def test_status_of_a_run_folder_and_of_an_address(run: LaunchedRun) -> None:
         assert {m["state"] for m in found["members"]} == {"live"}
         spent = found["members"][-1]["last_contribution"]
         assert spent["compute_s"] > 0
-        assert 0 < spent["wait_s"] <= spent["pull_s"]
-        assert 0 < found["wait_s"] <= found["pull_s"] <= 10
+        # The second contribution of a step waits for nothing.
+        assert 0 <= spent["wait_s"] <= spent["pull_s"]
+        assert 0 <= found["wait_s"] <= found["pull_s"] <= 10
         assert found["members"][-1]["metrics_address"] == members[-1]["metrics_address"]
         assert [m["transport"] for m in found["members"]] == ["", "", "", "shm", "shm"]
+
+
+def test_status_says_what_workers_wait_for_in_a_step(run: LaunchedRun) -> None:
+    def waited() -> bool:
+        found = json.loads(windlass("status", "--json", str(run.run_dir)).stdout)
+        return min(found["wait_s"], found["members"][-1]["last_contribution"]["wait_s"]) > 0
+
+    eventually(waited, 60.0, "a step in which the last worker waits")
 
 
 def test_the_newest_run_is_the_default(run: LaunchedRun, tmp_path: Path) -> None:
