@@ -63,6 +63,9 @@ class Section(BaseModel):
 class ClusterConfig(Section):
     shards: int = Field(2, ge=1, le=1024)
     """Shard processes."""
+    standbys: int = Field(0, ge=0, le=1)
+    """Processes per shard that hold the same state and take over when it dies: no step is lost. They double the memory
+    of the shards, and a step waits until they have what it reduced."""
     workers: int = Field(2, ge=1, le=4096)
     """Worker processes at the start; more may join and any may leave."""
     threads_per_shard: AutoInt = Field(None, ge=1, le=256)
@@ -187,6 +190,15 @@ class CheckpointConfig(Section):
     """Writing or loading one may take so long."""
 
 
+class JournalConfig(Section):
+    """What shards write down with durability=journal, each on its own host."""
+
+    dir: Path | None = None
+    """A folder of this host, with one for each shard in it. Default: RUN/journals."""
+    max_bytes: AutoInt = Field(None, ge=1)
+    """A shard's journal that is longer than this asks for a checkpoint. auto: 32 steps, at least 256 MiB."""
+
+
 class MembershipConfig(Section):
     lease_s: float = Field(10.0, ge=0.5)
     """A silent member counts as dead after this."""
@@ -194,6 +206,20 @@ class MembershipConfig(Section):
     """A worker whose stream broke may be back within this before its work is dealt again."""
     start_timeout_s: Positive = 120.0
     """Everybody who is needed for the first step must have come within this."""
+    min_workers: int = Field(1, ge=1, le=4096)
+    """With fewer live workers no more work is dealt: the run waits."""
+    max_workers: int | None = Field(None, ge=1, le=4096)
+    """At most so many are dealt work, those of the lowest ranks; more are spares that take over. null: no bound."""
+    balance: Literal["even", "speed"] = "even"
+    """Contributions are dealt evenly, or by the speed that each worker has shown."""
+    duplicate_late: bool = True
+    """Give a contribution that is late to an idle worker as well; the first result stands."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max_workers is not None and self.max_workers < self.min_workers:
+            raise ValueError(f"max_workers={self.max_workers} is less than min_workers={self.min_workers}")
+        return self
 
 
 class TelemetryConfig(Section):
@@ -231,8 +257,9 @@ class RunConfig(Section):
     """Initial values, order of samples and dropout follow from it."""
     determinism: Literal["alarm", "strict"] = "alarm"
     """When a contribution is computed twice with different bits: count and warn, or refuse."""
-    durability: Literal["checkpoint"] = "checkpoint"
-    """What a shard that died comes back from."""
+    durability: Literal["checkpoint", "journal"] = "checkpoint"
+    """What a shard that died comes back from: the newest checkpoint, to which the whole run goes back with it; or that
+    and its own journal of reduced gradients, without losing a step."""
     cluster: ClusterConfig = ClusterConfig()
     batch: BatchConfig = BatchConfig()
     training: TrainingConfig = TrainingConfig()
@@ -241,6 +268,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    journal: JournalConfig = JournalConfig()
     membership: MembershipConfig = MembershipConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     trace: TraceConfig = TraceConfig()
@@ -288,6 +316,10 @@ class RunConfig(Section):
     @property
     def checkpoint_dir(self) -> Path:
         return self.checkpoint.dir or self.run_dir / "checkpoints"
+
+    def journal_dir(self, shard: int) -> Path:
+        """Where a shard writes its journal."""
+        return (self.journal.dir or self.run_dir / "journals") / f"shard-{shard:05d}"
 
     @property
     def contributions(self) -> int:

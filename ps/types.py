@@ -25,6 +25,8 @@ MAX_SLOTS = 8192
 class Role(StrEnum):
     COORDINATOR = "coordinator"
     SHARD = "shard"
+    #: A shard's process that holds the same state and takes over when the shard dies.
+    STANDBY = "standby"
     WORKER = "worker"
 
 
@@ -123,6 +125,10 @@ class Prepared:
     #: Sum of squares of the reduced, still scaled gradient of each of the shard's segments.
     square_sums: tuple[float, ...]
     contributions: tuple[ContributionReport, ...]
+    #: Its journal has grown so long that it is time for a checkpoint.
+    journal_full: bool = False
+    #: The life of the standby that holds all of it too; 0: none does.
+    standby: int = 0
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,8 @@ class Load:
     tensors: int | None = None
     #: Gradients come through the hooks of a torch module, instead of being there.
     hooks: bool = False
+    #: Seconds that each worker sleeps for a contribution, by rank; empty: none does.
+    compute_s: Sequence[float] = ()
 
 
 #: The command of a worker: the coordinator's address and the rank are given.
@@ -60,7 +62,8 @@ def run_load(layout: Layout, load: Load, steps: int, *overrides: str) -> list[di
 
     def worker(address: str, rank: int) -> list[str]:
         command = [sys.executable, "-m", "benchmarks.support.load_worker", address, "--rank", str(rank)]
-        return [*command, "--parameters", str(load.parameters), *options]
+        seconds = ["--compute-s", str(load.compute_s[rank])] if load.compute_s else []
+        return [*command, "--parameters", str(load.parameters), *options, *seconds]
 
     return run_cluster(layout, worker, steps, *overrides)
 

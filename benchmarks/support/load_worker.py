@@ -1,7 +1,8 @@
 """A torch-free worker whose gradients are there already: it pushes, pulls and converts, nothing else.
 
 The real session, client and duty; only the model is two flat FP32 arrays. Or, with `--hooks`, a torch module whose
-gradients come through the hooks of a backward.
+gradients come through the hooks of a backward. With `--compute-s` it sleeps where others compute: that many workers
+can be had on any machine, and each as slow as is wanted.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import os
 import random
 import socket
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,7 +21,7 @@ import numpy as np
 from protos.ps.v1 import coordinator_pb2 as pb
 from protos.ps.v1.common_pb2 import Member
 from ps.client.client import ParameterClient
-from ps.client.duty import Duty
+from ps.client.duty import Duty, Interrupted
 from ps.client.grpc_transport import GrpcTransport
 from ps.client.links import Inbox, Said
 from ps.client.pusher import Encoded
@@ -37,6 +39,9 @@ from ps.wire.session import Session
 from workers.config import JobConfig
 
 Array = np.ndarray
+
+#: Between two of them a worker looks whether what it computes is still wanted.
+LAYERS = 20
 
 
 def table_of(parameters: int, tensors: int | None = None) -> ParameterTable:
@@ -85,11 +90,12 @@ class FlatArrays:
         pass
 
 
-def work(duty: Duty, backward: Callable[[Callable[[Chunk], None]], None]) -> None:
+def work(duty: Duty, backward: Callable[[Callable[[Chunk], None]], None], compute_s: float) -> None:
     """Push what is dealt, as soon as its weights are there, until the run ends.
 
     Args:
         backward: brings the gradients, and may tell of chunks that it has finished.
+        compute_s: how long a contribution takes before that.
 
     Raises:
         PsError: it ended badly.
@@ -101,13 +107,30 @@ def work(duty: Duty, backward: Callable[[Callable[[Chunk], None]], None]) -> Non
             continue
         duty.pulled()
         duty.forget_gradient()
-        duty.done()
+        try:
+            _pretend(duty, compute_s)
+        except Interrupted:
+            continue
+        finally:
+            duty.done()
         begun = duty.begin_push(dealt.pending[0], lambda: (1.0, 1))
         backward(partial(duty.push_chunk, begun))
-        duty.push(begun, compute_s=0.0)
+        duty.push(begun, compute_s)
         duty.take(0.0)
     if not duty.end.ok:
         raise PsError(duty.end.reason)
+
+
+def _pretend(duty: Duty, compute_s: float) -> None:
+    """Take so long as a model of some layers would.
+
+    Raises:
+        Interrupted: nobody wants what would be computed.
+    """
+    end = time.monotonic() + compute_s
+    while (left := end - time.monotonic()) > 0:
+        time.sleep(min(left, compute_s / LAYERS))
+        duty.await_weights(None)
 
 
 def _arrays(hooks: bool, plan: Plan, wire: WireDtype, seed: int) -> Any:
@@ -126,6 +149,7 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, required=True)
     parser.add_argument("--tensors", type=int, help="default: matrices of 1024 x 1024")
     parser.add_argument("--hooks", action="store_true", help="gradients come through a torch module's hooks")
+    parser.add_argument("--compute-s", type=float, default=0.0, help="seconds of a contribution, which it sleeps")
     arguments = parser.parse_args()
     rank, table = arguments.rank, table_of(arguments.parameters, arguments.tensors)
     inbox = Inbox()
@@ -142,12 +166,12 @@ def main() -> None:
     trace = Recorder(job.traced_steps)
     sharing = Sharing(job.launch.transport)
     client = ParameterClient(GrpcTransport(), inbox, rank, incarnation, table, arrays, sharing, trace)
-    slots = job.batch.micro_batches_per_step
+    slots, seconds = job.batch.micro_batches_per_step, arguments.compute_s
     courier = Courier(session, trace)
     session.start()
     courier.start()
     try:
-        work(Duty(session, inbox, client, slots, wire, eager=job.is_eager, trace=trace), arrays.backward)
+        work(Duty(session, inbox, client, slots, wire, eager=job.is_eager, trace=trace), arrays.backward, seconds)
     finally:
         client.close()
         courier.close()

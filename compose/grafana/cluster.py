@@ -45,7 +45,7 @@ PANELS = (
     ),
     Panel(
         "Members",
-        "Live workers and shards, and how many the job starts with.",
+        "Live workers and shards, how many the job starts with, and standbys that may take over.",
         "none",
         (
             Query(f"windlass_workers_live{RUN}", "{{run}} workers"),
@@ -53,6 +53,7 @@ PANELS = (
             Query(f"windlass_workers_lost{RUN}", "{{run}} workers lost"),
             Query(f"windlass_shards_live{RUN}", "{{run}} shards"),
             Query(f"windlass_shards_expected{RUN}", "{{run}} shards needed"),
+            Query(f"windlass_standbys_in_sync{RUN}", "{{run}} standbys in sync"),
         ),
         defaults={"decimals": 0, "min": 0},
     ),

@@ -25,6 +25,7 @@ import numpy as np
 
 from protos.ps.v1 import coordinator_pb2 as pb
 from protos.ps.v1.common_pb2 import Member
+from ps import failpoints
 from ps.client.arrays import NamedArrays, copy_of, table_of
 from ps.client.client import ParameterClient
 from ps.client.duty import Duty
@@ -147,6 +148,7 @@ class Client:
             raise
         trace = Recorder(config.traced_steps)
         rank = int(session.member.rank)
+        failpoints.enter(f"worker-{rank}")
         client = ParameterClient(GrpcTransport(security), inbox, rank, incarnation, table, arrays, trace=trace)
         session.start()
         return cls(session, inbox, client, arrays, config, trace)
@@ -225,8 +227,8 @@ class Client:
             tokens: how many tokens, or samples, these were, for the same.
 
         Returns:
-            False: the work is of a step or fence that is over, and nothing was sent. Whatever is still wanted of it
-            is dealt again, so there is nothing to do.
+            False: the work is of a step or fence that is over, or another worker has finished it; nothing was sent.
+            Whatever is still wanted of it is dealt again, so there is nothing to do.
 
         Raises:
             GradientError: a name, a shape, a dtype, a layout or `tokens` is wrong; nothing was sent.
@@ -236,6 +238,8 @@ class Client:
             raise GradientError(f"tokens={tokens}: must be from 0 to 2^48")
         dealt = self._duty.dealt
         if self._end is not None or dealt is None or (work.fence, work.step) != (self._duty.fence, dealt.step):
+            return False
+        if not self._duty.wants(work.contribution):
             return False
         began = time.monotonic()
         self._duty.forget_gradient()

@@ -194,6 +194,15 @@ class ParameterClient:
         for chunk in self.plan.chunks:
             self.push_chunk(contribution, chunk)
 
+    def drop(self, contribution: int) -> None:
+        """Every shard holds a contribution by somebody else: what was not sent of it is not sent."""
+        self.recompute.discard(contribution)
+        if self._ledger is not None:
+            self._ledger.drop(contribution)
+        buffered = self._pusher.buffered
+        if buffered is not None and buffered.index == contribution:
+            self._pusher.discard()
+
     def sent_at(self, contribution: int) -> float | None:
         """When the last chunk of a contribution of the open step was sent, by the monotonic clock; None: none was."""
         return self._pusher.sent_at(self._ledger.step, contribution) if self._ledger is not None else None

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from protos.ps.v1 import coordinator_pb2 as pb
+from ps import failpoints
 from ps.client.client import ParameterClient
 from ps.client.links import Inbox, Said
 from ps.client.pusher import Contribution
@@ -46,6 +47,8 @@ class Dealt:
     #: All that were dealt, done or not; the same one may be dealt again after a reconnect.
     known: set[int] = field(default_factory=set)
     known_parts: set[int] = field(default_factory=set)
+    #: Contributions that were dealt and that somebody else has finished.
+    finished: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ class Duty:
         #: How often a fence was heard of: what was computed before the last one is void.
         self.fences = 0
         self._spent: dict[int, Spent] = {}
+        #: What is computed, under which fence: (step's work, fences, contribution; None: a part of an evaluation).
+        self._at: tuple[Dealt, int, int | None] | None = None
         self._asked_at: float | None = None
         self._arrived_at: float | None = None
         self._pull_s = self._wait_s = 0.0
@@ -178,6 +183,12 @@ class Duty:
             self._client.begin_step(dealt.step)
             metrics.STEP.set(dealt.step)
             logs.bind(step=dealt.step)
+        for contribution in deal.done:
+            self._client.drop(contribution)
+        dealt.finished.update(deal.done)
+        dealt.known.difference_update(deal.done)
+        dealt.pending[:] = [c for c in dealt.pending if c not in dealt.finished]
+        dealt.finished.difference_update(deal.contributions)
         dealt.pending.extend(c for c in deal.contributions if c not in dealt.known)
         dealt.known.update(deal.contributions)
         dealt.evaluate.extend(part for part in deal.evaluate if part not in dealt.known_parts)
@@ -195,6 +206,7 @@ class Duty:
             sent_at = self._client.sent_at(contribution)
             push_s = max(0.0, sent_at - spent.computed_at) if sent_at and spent.computed_at else 0.0
             self._on_pushed(push_s)
+            failpoints.hit("contributed.before")
             self._session.send(
                 contributed=pb.Contributed(
                     step=self.dealt.step,
@@ -206,6 +218,7 @@ class Duty:
                     wait_s=spent.wait_s,
                 )
             )
+            failpoints.hit("contributed.after")
 
     # -- Work -----------------------------------------------------------------------------------
 
@@ -224,6 +237,7 @@ class Duty:
         if self._client.pulled.use(dealt.step, early=self._layerwise):
             # Of something that was left.
             self._waited_s = 0.0
+            self._at = (dealt, self.fences, None if dealt.evaluate else dealt.pending[0])
             return dealt
         # Torn by the next version means that this one is decided; but where steps are eager it may still be needed.
         if self.eager or not self._client.pulled.is_torn:
@@ -244,7 +258,8 @@ class Duty:
             Interrupted: they do not come, or nobody wants what would be computed with them.
             PsError: a shard refused what it was sent.
         """
-        dealt, fences = self.dealt, self.fences
+        self.check_wanted()
+        dealt = self.dealt
         assert dealt is not None, "there is an open step"
         needed = None if chunks is None else [(chunk.shard, chunk.index) for chunk in chunks]
         pulled = self._client.pulled
@@ -253,13 +268,34 @@ class Duty:
         began = time.monotonic()
         with self._wait("wait for weights", dealt.step):
             while not pulled.has(dealt.step, needed, AWAIT_POLL_S):
+                # Also what is due by the clock: streams that are to be opened again.
                 self.take(0.0)
-                gone = self.end is not None or self.fences != fences or self.dealt is not dealt
-                if gone or not pulled.comes(dealt.step):
+                self.check_wanted()
+                if not pulled.comes(dealt.step):
                     raise Interrupted(f"step {dealt.step}: its weights do not come any more")
         waited_s = time.monotonic() - began
         self._pull_s += waited_s
         self._waited_s += waited_s
+
+    def check_wanted(self) -> None:
+        """Take events while something is computed, if there are any.
+
+        Raises:
+            Interrupted: nobody wants it any more.
+            PsError: a shard refused what it was sent.
+        """
+        if not self._inbox.is_empty:
+            self.take(0.0)
+        assert self._at is not None, "`ready` comes first"
+        dealt, fences, contribution = self._at
+        if self.end is not None or self.fences != fences or self.dealt is not dealt:
+            raise Interrupted(f"step {dealt.step} is not computed any more")
+        if contribution in dealt.finished:
+            raise Interrupted(f"step {dealt.step}: somebody else has finished contribution {contribution}")
+
+    def wants(self, contribution: int) -> bool:
+        """Whether a contribution of the open step is still to be pushed, as far as is known."""
+        return self.dealt is not None and contribution not in self.dealt.finished
 
     def waited(self) -> float:
         """The seconds that `await_weights` took since the last call."""

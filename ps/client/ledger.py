@@ -25,6 +25,10 @@ class Ledger:
         """A contribution is about to be pushed."""
         self.unacknowledged[contribution] = {chunk.index for chunk in self.plan.chunks}
 
+    def drop(self, contribution: int) -> None:
+        """Every shard holds a contribution by somebody else: nothing of this worker's is missing."""
+        self.unacknowledged.pop(contribution, None)
+
     def acknowledged(self, step: int, contribution: int, shard: int) -> bool:
         """A shard holds all of its chunks; True when it was the last shard."""
         missing = self.unacknowledged.get(contribution)

@@ -92,6 +92,11 @@ class Inbox:
         """A new fence, or the end, waits to be taken."""
         return self._fences > 0
 
+    @property
+    def is_empty(self) -> bool:
+        """Nothing waits to be taken, at this moment."""
+        return self._events.empty()
+
     def put(self, event: Event) -> None:
         self._count(event, 1)
         self._events.put(event)

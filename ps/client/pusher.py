@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from ps import failpoints
 from ps.client.links import STALL_S, ShardLinks
 from ps.client.shared import SharedPlaces
 from ps.errors import WaitTimeout
@@ -217,11 +218,13 @@ class Pusher:
     def _push(self, job: _Job) -> None:
         if self._links.fence_moves:
             return
+        failpoints.hit("push.before")
         contribution, chunk = job.contribution, job.chunk
         places = self._places_of(chunk.shard)
         room = places.room(contribution.step, contribution.index, chunk) if places is not None else None
         if places is not None and room is not None:
             self._write(job, places, *room)
+            failpoints.hit("push.after")
             return
         blank = self._header(job, Encoded(bytes(8), bytes(chunk.presence_bytes)))
         # Hash and presence map have a fixed length, so the frame is laid out before they are known.
@@ -232,6 +235,7 @@ class Pusher:
         draft.rewrite(self._header(job, encoded).pack())
         with self._span("send", contribution.step, contribution.index, chunk.index):
             self._links.send(chunk.shard, draft.data)
+        failpoints.hit("push.after")
 
     def _encode(self, job: _Job, room: np.ndarray) -> Encoded | None:
         """None: the gradient is not there any more."""

@@ -6,14 +6,11 @@ Delivery: at most once; after `on_close` nothing more arrives, and what was sent
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
-#: Frames that wait to be sent on one connection, at most; `send` waits beyond that.
-SEND_WINDOW = 1
+from ps.wire.connection import SEND_WINDOW, OnClose, OnFrame
 
-OnFrame = Callable[[bytes], None]
-OnClose = Callable[[str], None]
+__all__ = ["SEND_WINDOW", "Connection", "OnClose", "OnFrame", "Transport"]
 
 
 class Connection(Protocol):

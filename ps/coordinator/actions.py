@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Any
 
 from ps.coordinator.decision import TrainingState
-from ps.types import Decision, Fence
+from ps.types import Decision, Fence, Role
 
 
 class Control(Enum):
@@ -44,6 +44,46 @@ class Journal:
 class TellDecision:
     shard: int
     decision: Decision
+    #: To the shard's standby instead of the shard.
+    standby: bool = False
+
+
+@dataclass(frozen=True)
+class Follow:
+    """Have a standby follow its shard from a state on; the answer comes back as an event."""
+
+    shard: int
+    fence: Fence
+    state: TrainingState
+    #: What it holds already counts.
+    keep: bool
+
+
+@dataclass(frozen=True)
+class TellReplicate:
+    """Tell a shard of its standby, as it is now."""
+
+    shard: int
+    fence: Fence
+    #: Its server and its life; empty, 0: there is none.
+    address: str = ""
+    life: int = 0
+
+
+@dataclass(frozen=True)
+class Promoted:
+    """A standby is the shard from now on: what is told to the shard goes to it."""
+
+    shard: int
+
+
+@dataclass(frozen=True)
+class Dismiss:
+    """End a member's life."""
+
+    role: Role
+    rank: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -74,7 +114,7 @@ class TellCluster:
 
 @dataclass(frozen=True)
 class TellDeal:
-    """Give a worker work."""
+    """Give a worker work, or take it off it."""
 
     worker: int
     fence: Fence
@@ -82,6 +122,8 @@ class TellDeal:
     contributions: tuple[int, ...] = ()
     evaluate: tuple[int, ...] = ()
     initialize: bool = False
+    #: Contributions of its that somebody else has finished.
+    done: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,6 +173,10 @@ Action = (
     Configure
     | Journal
     | TellDecision
+    | Follow
+    | TellReplicate
+    | Promoted
+    | Dismiss
     | TellForegone
     | TellSnapshot
     | TellCluster

@@ -28,6 +28,7 @@ from ps.coordinator.recorder import Recorder
 from ps.coordinator.recovery import Candidate
 from ps.coordinator.run import Phase
 from ps.coordinator.service import SERVICE, CoordinatorServicer, Sessions
+from ps.coordinator.standbys import REJOIN_S
 from ps.coordinator.status import member_message
 from ps.coordinator.timeline import Timeline
 from ps.errors import PsError, StorageError
@@ -68,6 +69,7 @@ class CoordinatorApp:
         self._asked_to_stop = threading.Event()
         self._ended = threading.Event()
         self._outcome: tuple[bool, str] = (True, "")
+        self._started_at = time.monotonic()
         #: Since when the run has been at which version.
         self._waited = (0.0, -1)
         self._server = make_server(MAX_SESSIONS)
@@ -79,6 +81,7 @@ class CoordinatorApp:
             candidates, rejected = _candidates(config.checkpoint_dir)
             term = self._journal.begin_term()
             self._name_run(history)
+            self._there = frozenset(history.there)
             self._machine = Machine(config, history, candidates, rejected, term, time.monotonic())
         except BaseException:
             self._journal.close()
@@ -172,12 +175,18 @@ class CoordinatorApp:
     def _say_goodbye(self) -> None:
         ok, reason = self._outcome
         self._sessions.end_all(ok, reason)
+        self._wait_for_returning()
         self._wait_for_sessions()
         self._timeline.write()
         if ok and self._linger_s:
             log.info("%s; staying for %g s, for who comes late", reason, self._linger_s)
             self._asked_to_stop.wait(self._linger_s)
             self._wait_for_sessions()
+
+    def _wait_for_returning(self) -> None:
+        """Who was there when this coordinator's former life ended may not be back yet, and waits for it."""
+        while time.monotonic() - self._started_at < REJOIN_S and not self._sessions.have_met(self._there):
+            time.sleep(0.02)
 
     def _wait_for_sessions(self) -> None:
         deadline = time.monotonic() + END_S

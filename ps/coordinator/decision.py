@@ -67,7 +67,7 @@ def decide(config: RunConfig, state: TrainingState, reports: Sequence[Prepared],
         next_loss_scale=scaler.scale,
         next_hysteresis=scaler.hysteresis,
         next_last_overflow=scaler.last_overflow,
-        snapshot=is_snapshot_due(config, step + 1),
+        snapshot=is_snapshot_due(config, step + 1) or any(report.journal_full for report in reports),
     )
 
 

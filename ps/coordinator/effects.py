@@ -16,7 +16,9 @@ import grpc
 
 from protos.ps.v1 import coordinator_pb2 as pb
 from protos.ps.v1 import shard_pb2, shard_pb2_grpc
+from ps import failpoints
 from ps.coordinator import actions, metrics
+from ps.coordinator.decision import TrainingState
 from ps.coordinator.loop import Loop
 from ps.coordinator.machine import Machine
 from ps.coordinator.members import MemberState
@@ -37,7 +39,7 @@ from ps.storage.files import sweep
 from ps.storage.journal import Journal
 from ps.storage.manifest import Manifest, ScalerState, write_manifest
 from ps.storage.shard_file import ShardFile
-from ps.types import Decision, Role
+from ps.types import Decision, Fence, Role
 from ps.wire.options import open_channel
 from ps.wire.proto import from_proto, to_proto
 from ps.wire.security import PLAIN, Security
@@ -89,7 +91,11 @@ class Effects:
         self._do: dict[type, Callable[..., None]] = {
             actions.Configure: self._configure,
             actions.Journal: self._append,
+            actions.Follow: self._follow,
             actions.TellDecision: self._tell_decision,
+            actions.TellReplicate: self._tell_replicate,
+            actions.Promoted: self._promoted,
+            actions.Dismiss: self._dismiss,
             actions.TellForegone: self._tell_foregone,
             actions.TellSnapshot: self._tell_snapshot,
             actions.TellCluster: self._tell_cluster,
@@ -135,10 +141,13 @@ class Effects:
     # -- Disk -----------------------------------------------------------------------------------
 
     def _append(self, action: actions.Journal) -> None:
-        self._journal.append(action.record, sync=action.sync)
+        # For people: nothing is decided by it.
+        self._journal.append({**action.record, "at": time.time()}, sync=action.sync)
 
     def _record(self, action: actions.Record) -> None:
+        failpoints.hit("record.before", action.line["kind"])
         self._recorder.record(action.line)
+        failpoints.hit("record.after", action.line["kind"])
         self._say(action.line)
         _export(action.line)
 
@@ -157,11 +166,17 @@ class Effects:
     def members_changed(self) -> None:
         """Write cluster.json and targets.json."""
         members = self._machine.members
-        there = [m for role in (Role.SHARD, Role.WORKER) for m in members.of(role) if m.connected or m.live]
+        there = [
+            m for role in (Role.SHARD, Role.STANDBY, Role.WORKER) for m in members.of(role) if m.connected or m.live
+        ]
         self._recorder.members([self._self, *there])
 
     def _members_changed(self, _action: actions.MembersChanged) -> None:
-        self.members_changed()
+        try:
+            self.members_changed()
+        except StorageError as error:
+            # Others may look for a member in vain until the next change; training does without.
+            log.error("%s", error.message)
 
     def _prepare_checkpoint(self, action: actions.PrepareCheckpoint) -> None:
         try:
@@ -192,9 +207,10 @@ class Effects:
             windlass_version=distribution_version("windlass"),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        self._in_background(self._complete_checkpoint, manifest, action)
+        # A slow shard's older one may be overtaken by this.
+        self._in_background(self._complete_checkpoint, manifest, action, machine.snapshots.pending())
 
-    def _complete_checkpoint(self, manifest: Manifest, action: actions.WriteManifest) -> None:
+    def _complete_checkpoint(self, manifest: Manifest, action: actions.WriteManifest, writing: list[int]) -> None:
         directory = self._machine.config.checkpoint_dir
         folder = layout.checkpoint_folder(directory, manifest.version)
         candidate, text = None, ""
@@ -202,7 +218,7 @@ class Effects:
             candidate = Candidate(folder.name, write_manifest(folder, manifest), action.state, time.time())
             metrics.CHECKPOINT_VERSION.set(manifest.version)
             metrics.CHECKPOINT_TIME.set(time.time())
-            layout.retain(directory, self._machine.config.checkpoint.keep, manifest.version)
+            layout.retain(directory, self._machine.config.checkpoint.keep, manifest.version, writing)
         except (StorageError, ValueError, TypeError) as error:
             text = error.message if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
             if candidate is None:
@@ -219,7 +235,7 @@ class Effects:
         try:
             request = self._configure_request(action)
         except StorageError as error:
-            failure = error
+            failure = CheckpointWriteFailed(error.message)
             self._loop.post(
                 lambda _: self._machine.serving.configure_failed(
                     action.shard, action.fence, action.control, failure, True
@@ -228,23 +244,29 @@ class Effects:
             return
         self._in_background(self._call_configure, action, member.address, request)
 
-    def _configure_request(self, action: actions.Configure) -> shard_pb2.ConfigureRequest:
+    def _request(
+        self, control: shard_pb2.ConfigureRequest.Action, fence: Fence, shard: int
+    ) -> shard_pb2.ConfigureRequest:
         machine = self._machine
         table = machine.history.table
         assert table is not None, "the cluster is configured once there is a model"
-        request = shard_pb2.ConfigureRequest(
-            action=_ACTION[action.control],
-            fence=to_proto(action.fence),
+        return shard_pb2.ConfigureRequest(
+            action=control,
+            fence=to_proto(fence),
             run=machine.history.run,
-            shard=action.shard,
+            shard=shard,
             num_shards=machine.config.cluster.shards,
             table=table.packed(),
             job=self._job_json,
             contributions=machine.history.contributions,
-            checkpoint=action.checkpoint,
-            manifest_sha256=action.manifest_sha256,
-            shards_on_machine=machine.members.shards_beside(action.shard),
+            shards_on_machine=machine.members.shards_beside(shard),
+            lineage=machine.history.lineage,
         )
+
+    def _configure_request(self, action: actions.Configure) -> shard_pb2.ConfigureRequest:
+        machine = self._machine
+        request = self._request(_ACTION[action.control], action.fence, action.shard)
+        request.checkpoint, request.manifest_sha256 = action.checkpoint, action.manifest_sha256
         if action.control is actions.Control.LOAD:
             if self._nonce is None:
                 directory = machine.config.checkpoint_dir
@@ -253,14 +275,36 @@ class Effects:
                 self._nonce = storage_proof.write_nonce(directory)
             request.nonce_file, request.nonce = self._nonce
         if action.state is not None:
-            request.step = action.state.version
-            request.applied = action.state.applied
-            request.loss_scale = action.state.scaler.scale
+            _open_with(request, action.state)
         return request
+
+    def _follow(self, action: actions.Follow) -> None:
+        member = self._machine.members.get(Role.STANDBY, action.shard)
+        assert member is not None, "only standbys that have registered follow"
+        request = self._request(shard_pb2.ConfigureRequest.FOLLOW, action.fence, action.shard)
+        _open_with(request, action.state)
+        request.keep = action.keep
+        self._in_background(self._call_follow, action, member.incarnation, member.address, request)
+
+    def _call_follow(
+        self, action: actions.Follow, life: int, address: str, request: shard_pb2.ConfigureRequest
+    ) -> None:
+        standbys, (shard, fence) = self._machine.standbys, (action.shard, action.fence)
+        try:
+            with open_channel(address, self._security, Role.SHARD) as channel:
+                response = shard_pb2_grpc.ShardStub(channel).Configure(request, timeout=CONTROL_TIMEOUT_S)
+        except grpc.RpcError as broken:
+            why = error_of(broken, f"configuring standby {shard} at {address}").message
+            self._loop.post(lambda _: standbys.follow_failed(shard, life, fence, why))
+            return
+        version = int(response.version)
+        self._loop.post(lambda _: standbys.following(shard, life, fence, version))
 
     def _call_configure(self, action: actions.Configure, address: str, request: shard_pb2.ConfigureRequest) -> None:
         machine, (shard, fence, control) = self._machine, (action.shard, action.fence, action.control)
-        loading = control is actions.Control.LOAD
+        # A shard that is asked for the first time may have a journal to go through.
+        replaying = control is actions.Control.INSPECT and machine.config.durability == "journal"
+        loading = replaying or control is actions.Control.LOAD
         timeout_s = machine.config.checkpoint.timeout_s if loading else CONTROL_TIMEOUT_S
         try:
             with open_channel(address, self._security, Role.SHARD) as channel:
@@ -279,11 +323,26 @@ class Effects:
             return
         last = from_proto(Decision, response.last_decision) if response.HasField("last_decision") else None
         ahead = from_proto(Decision, response.updated_by) if response.HasField("updated_by") else None
-        inspection = Inspection(response.has_state, response.version, last, ahead)
+        inspection = Inspection(
+            response.has_state, response.version, last, ahead, response.reduced, response.state_hash
+        )
         self._loop.post(lambda _: machine.serving.configured(shard, fence, control, inspection))
 
     def _tell_decision(self, action: actions.TellDecision) -> None:
-        self._sessions.tell((Role.SHARD, action.shard), decision=to_proto(action.decision))
+        role = Role.STANDBY if action.standby else Role.SHARD
+        failpoints.hit("decision.before")
+        self._sessions.tell((role, action.shard), decision=to_proto(action.decision))
+        failpoints.hit("decision.after")
+
+    def _tell_replicate(self, action: actions.TellReplicate) -> None:
+        wanted = pb.Replicate(fence=to_proto(action.fence), address=action.address, incarnation=action.life)
+        self._sessions.tell((Role.SHARD, action.shard), replicate=wanted)
+
+    def _promoted(self, action: actions.Promoted) -> None:
+        self._sessions.move((Role.STANDBY, action.shard), (Role.SHARD, action.shard))
+
+    def _dismiss(self, action: actions.Dismiss) -> None:
+        self._sessions.tell((action.role, action.rank), end=pb.End(ok=False, reason=action.reason))
 
     def _tell_foregone(self, action: actions.TellForegone) -> None:
         self._sessions.tell((Role.SHARD, action.shard), foregone=to_proto(action.decision))
@@ -316,11 +375,16 @@ class Effects:
             contributions=action.contributions,
             evaluate=action.evaluate,
             initialize=action.initialize,
+            done=action.done,
         )
         self._sessions.tell((Role.WORKER, action.worker), deal=deal)
 
     def _end(self, action: actions.End) -> None:
         self._on_end(action.ok, action.reason)
+
+
+def _open_with(request: shard_pb2.ConfigureRequest, state: TrainingState) -> None:
+    request.step, request.applied, request.loss_scale = state.version, state.applied, state.scaler.scale
 
 
 def _export(line: dict[str, Any]) -> None:

@@ -24,12 +24,19 @@ class History:
         self.data_digest = ""
         self.evaluation_parts = 0
         self.epoch = 0
+        #: The epoch of the last rollback; 0: none. What shards wrote down before it is not the run's any more.
+        self.lineage = 0
         self.decisions: dict[int, Decision] = {}
         #: Decisions that a rollback took back; made again, they must be the same.
         self.superseded: dict[int, Decision] = {}
         self.evaluations: dict[int, dict[str, Any]] = {}
         #: The last step that overflowed after chunks of it were updated; -1: none did.
         self.last_overflow = -1
+        #: The life of each shard in the last epoch, and of the standbys that held the same as their shards.
+        self.primaries: dict[int, int] = {}
+        self.standbys: dict[int, int] = {}
+        #: The lives that were part of the run when the coordinator ended, and some that had ended before unseen.
+        self.there: set[int] = set()
         #: Steps that metrics.jsonl has a line of.
         self.recorded: set[int] = set()
         for record in records:
@@ -52,6 +59,14 @@ class History:
             for step in sorted(self.decisions)[:KEEP]:
                 del self.decisions[step]
 
+    def note_standby(self, shard: int, life: int) -> dict[str, Any]:
+        """A standby holds the same as its shard (0: none does any more); returns the record to journal."""
+        if life:
+            self.standbys[shard] = life
+        else:
+            self.standbys.pop(shard, None)
+        return {"type": "standby", "shard": shard, "life": life}
+
     def adopt(self, decision: Decision) -> bool:
         """Take over a decision that a shard heard; False: it contradicts the journal."""
         known = self.decisions.get(decision.step)
@@ -62,8 +77,9 @@ class History:
             self.note(decision)
         return True
 
-    def rollback(self, version: int) -> None:
-        """Everything from this version on will be decided again."""
+    def rollback(self, version: int, epoch: int) -> None:
+        """Everything from this version on will be decided again, from this epoch on."""
+        self.lineage = epoch
         for step in [step for step in self.decisions if step >= version]:
             self.superseded[step] = self.decisions.pop(step)
         self.evaluations = {v: result for v, result in self.evaluations.items() if v <= version}
@@ -106,14 +122,23 @@ class History:
             self.evaluation_parts = record["evaluation_parts"]
         elif kind == "epoch":
             self.epoch = max(self.epoch, record["epoch"])
+            self.primaries = dict(enumerate(record["shards"]))
         elif kind == "decision":
             self.note(from_record(Decision, record))
         elif kind == "applied":
             self.recorded.add(record["step"])
+        elif kind == "live":
+            self.there.add(record["life"])
+        elif kind == "gone":
+            self.there.discard(record["life"])
+        elif kind == "promotion":
+            self.primaries[record["shard"]] = record["life"]
+        elif kind == "standby":
+            self.note_standby(record["shard"], record["life"])
         elif kind == "overflow":
             self.last_overflow = record["step"]
         elif kind == "rollback":
-            self.rollback(record["version"])
+            self.rollback(record["version"], record["epoch"])
         elif kind == "evaluation":
-            result = {key: value for key, value in record.items() if key != "type"}
+            result = {key: value for key, value in record.items() if key not in ("type", "at")}
             self.evaluations[result["version"]] = result

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 from ps.config import RunConfig
 from ps.coordinator.actions import Journal, MembersChanged, TellCluster, TellDeal, TellSnapshot
@@ -16,10 +17,11 @@ from ps.coordinator.members import MemberState
 from ps.coordinator.recovery import Candidate, describe_newest
 from ps.coordinator.run import Phase, Run
 from ps.coordinator.serving import Serving
+from ps.coordinator.standbys import REJOIN_S, Standbys
 from ps.coordinator.steps import Steps
 from ps.coordinator.waiting import Wait, describe_absence, describe_wait, find_waits
 from ps.sharding import make_plan
-from ps.types import ParameterTable, Role
+from ps.types import Fence, ParameterTable, Role
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +42,10 @@ class Machine(Run):
         now: float,
     ) -> None:
         super().__init__(config, history, candidates, rejected, term)
-        self.steps = Steps(self)
-        self.serving = Serving(self, self.steps, now)
+        self.standbys = Standbys(self, now)
+        self.steps = Steps(self, self.standbys)
+        self.serving = Serving(self, self.steps, self.standbys, now)
+        self.members.expected_until = now + REJOIN_S
         self.started_at = now
         self._look_at = now
         self.waits(now)
@@ -53,9 +57,13 @@ class Machine(Run):
 
         Raises:
             MismatchError: it cannot be part of this run.
+            PeerUnavailable: whether it can is not known yet.
         """
         rank = self.members.place(member.role, member.rank, member.incarnation, now)
-        member = replace(member, rank=rank)
+        role = member.role
+        if role is Role.SHARD:
+            role = self.members.seat(rank, member.incarnation, self.standbys.in_sync(rank), now)
+        member = replace(member, role=role, rank=rank)
         before = self.members.admit(member, now)
         if before is not None:
             log.info("%s has come back in a new life", member.name)
@@ -63,8 +71,10 @@ class Machine(Run):
             self._lost(before, "was replaced", asked=left)
         if self.members.find(member.role, rank, member.incarnation) is member:
             self.ask(Journal({"type": "member", "role": str(member.role), "rank": rank, "life": member.incarnation}))
+            if member.role is Role.SHARD:
+                self.snapshots.lose(rank, self.state.version)
             if member.role is Role.SHARD and self.phase is not Phase.GATHERING:
-                # A shard in a new life holds nothing: the cluster is made to serve again.
+                # A shard in a new life holds what it finds on a disk, if anything: the cluster is made to serve again.
                 self.serving.gather(f"{member.name} started anew")
         return rank
 
@@ -75,7 +85,7 @@ class Machine(Run):
             starting: it is a shard that cannot be configured yet.
         """
         member.connected = member.met = True
-        if member.role is Role.SHARD:
+        if member.role in (Role.SHARD, Role.STANDBY):
             member.ready = not starting
         self.seen(member, now)
         self.ask(MembersChanged())
@@ -84,8 +94,11 @@ class Machine(Run):
             if self.last_decision is not None:
                 self.tell_decision(member.rank, self.last_decision)
             self.steps.tell_foregone(member.rank)
+            self.standbys.tell_replicate(member.rank)
             if self.snapshots.is_pending(self.state.version):
                 self.ask(TellSnapshot(member.rank, self.fence, self.state.version))
+        if member.role is Role.STANDBY and self.phase is Phase.RUNNING and self.last_decision is not None:
+            self.standbys.tell_decision(member.rank, self.last_decision)
 
     def started(self, member: MemberState, now: float) -> None:
         """A shard can be configured from now on."""
@@ -107,11 +120,12 @@ class Machine(Run):
             member.live = member.served = True
             member.since = now
             log.info("%s is there", member.name)
+            self.ask(Journal({"type": "live", **self._who(member)}))
             self._welcome(member)
 
     def leave(self, member: MemberState, now: float) -> None:
         """A member goes by its own will. The state of a shard is saved first: the cluster stops."""
-        if member.role is Role.SHARD:
+        if member.role is Role.SHARD and not self._is_replaceable(member):
             self.stop(f"{member.name} was asked to stop")
         else:
             # Not ready either: a heartbeat that is still on its way must not bring it back.
@@ -119,6 +133,11 @@ class Machine(Run):
             member.since = now
             self._lost(member, "left", asked=True)
         member.last_seen = now
+
+    def _is_replaceable(self, shard: MemberState) -> bool:
+        """Whether a shard may go without the run ending: somebody else holds the same."""
+        standby = self.members.get(Role.STANDBY, shard.rank)
+        return standby is not None and standby.live and standby.incarnation == self.standbys.in_sync(shard.rank)
 
     def model(
         self, member: MemberState, now: float, table: ParameterTable, data_digest: str, evaluation_parts: int
@@ -148,9 +167,9 @@ class Machine(Run):
 
     # -- Facts about checkpoints ----------------------------------------------------------------
 
-    def snapshot_written(self, shard: int, version: int, file: tuple[str, str, int], error: str) -> None:
-        """A shard's part of a checkpoint is on disk, or could not be written."""
-        complete = self.snapshots.written(shard, version, file, error, self.config.cluster.shards)
+    def snapshot_written(self, fence: Fence, shard: int, version: int, file: tuple[str, str, int], error: str) -> None:
+        """A shard's part of a checkpoint, asked for under a fence, is on disk, or could not be written."""
+        complete = self.snapshots.written(fence, shard, version, file, error, self.config.cluster.shards)
         if complete is not None:
             self.ask(complete)
 
@@ -168,6 +187,10 @@ class Machine(Run):
             return
         for member in self.members.expire(now):
             self._lost(member, "has been silent for too long" if member.connected else "broke its connection")
+        taken_over = self.standbys.take_over(now)
+        if taken_over is not None:
+            self.ask(MembersChanged())
+            self.serving.gather(f"the standby of shard {taken_over} takes over", goes_on=True)
         before = None
         while before is not self.phase:
             before = self.phase
@@ -201,11 +224,19 @@ class Machine(Run):
         expected = asked or (member.role is Role.WORKER and self.steps.is_over())
         log.log(logging.INFO if expected else logging.WARNING, "%s %s", member.name, why)
         self.ask(MembersChanged())
+        self.ask(Journal({"type": "gone", **self._who(member), "why": why}))
+        if member.role is Role.STANDBY:
+            self.standbys.lose(member)
         if member.role is Role.WORKER:
             lost = self.steps.lose(member.rank)
             self.serving.lose(member.rank)
             if lost and self.phase is Phase.RUNNING:
                 log.info("step %d: contributions %s are dealt again", self.state.version, lost)
+
+    def _who(self, member: MemberState) -> dict[str, Any]:
+        """Who it is, and when, for the journal."""
+        life = {"role": str(member.role), "rank": member.rank, "life": member.incarnation}
+        return {**life, "step": self.state.version}
 
     def _welcome(self, member: MemberState) -> None:
         """Tell a worker that has (again) come where the run is, and what it had been dealt."""

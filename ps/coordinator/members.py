@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ps.errors import MismatchError
+from ps.errors import MismatchError, PeerUnavailable
 from ps.types import Role
+
+#: A shard whose stream has been broken for so long is given up where it has standbys, in seconds.
+TAKEOVER_GRACE_S = 0.1
 
 
 @dataclass
@@ -49,6 +52,11 @@ class Members:
     lease_s: float
     grace_s: float
     num_shards: int
+    #: Each shard has a seat for a standby.
+    has_standbys: bool = False
+    #: The life that each shard had when the coordinator ended, and until when that one may come back.
+    expected: dict[int, int] = field(default_factory=dict)
+    expected_until: float = 0.0
     _members: dict[tuple[Role, int], MemberState] = field(default_factory=dict)
     #: Lives that another one has taken the place of.
     _replaced: set[tuple[Role, int, int]] = field(default_factory=set)
@@ -68,6 +76,56 @@ class Members:
                 return member.rank
         taken = {member.rank for member in self.of(role) if self._holds_rank(member, now)}
         return next(candidate for candidate in range(len(taken) + 1) if candidate not in taken)
+
+    def seat(self, shard: int, life: int, in_sync: int, now: float) -> Role:
+        """Which of a shard's two seats one of its processes takes: the shard's own, or its standby's.
+
+        Args:
+            in_sync: the life of the standby that holds the same as the shard; 0: none does.
+
+        Raises:
+            MismatchError: both seats are taken, or another process has taken this one's.
+            PeerUnavailable: not known yet; ask again.
+        """
+        if not self.has_standbys:
+            return Role.SHARD
+        shown = f"shard {shard}"
+        if any((role, shard, life) in self._replaced for role in (Role.SHARD, Role.STANDBY)):
+            raise MismatchError(f"{shown} was replaced by a newer life of it")
+        primary, standby = self.get(Role.SHARD, shard), self.get(Role.STANDBY, shard)
+        for role, member in ((Role.SHARD, primary), (Role.STANDBY, standby)):
+            if member is not None and member.incarnation == life:
+                return role
+        if life == in_sync:
+            return Role.STANDBY
+        if primary is None:
+            expected = self.expected.get(shard, 0)
+            if life == expected or not expected or now >= self.expected_until:
+                return Role.SHARD
+        elif not self._holds_rank(primary, now) and (standby is None or standby.incarnation != in_sync):
+            return Role.SHARD
+        if standby is not None and self._holds_rank(standby, now):
+            if primary is not None and primary.connected and standby.connected:
+                raise MismatchError(f"{shown} and its standby are there already")
+            raise PeerUnavailable(f"{shown} may be about to come back, or its standby to take over: try again")
+        return Role.STANDBY
+
+    def promote(self, shard: int) -> MemberState:
+        """A shard's standby is the shard from now on; the life that it replaces cannot come back."""
+        member = self._members.pop((Role.STANDBY, shard))
+        before = self._members.get((Role.SHARD, shard))
+        if before is not None:
+            self._replaced.add((Role.SHARD, shard, before.incarnation))
+        elif self.expected.get(shard):
+            self._replaced.add((Role.SHARD, shard, self.expected[shard]))
+        member.role = Role.SHARD
+        self._members[Role.SHARD, shard] = member
+        return member
+
+    def remove(self, member: MemberState) -> None:
+        """A member is not wanted any more, and this life of it cannot come back."""
+        self._replaced.add((member.role, member.rank, member.incarnation))
+        self._members.pop((member.role, member.rank), None)
 
     def _holds_rank(self, member: MemberState, now: float) -> bool:
         """Whether it is there, or has just registered and is about to connect."""
@@ -99,8 +157,12 @@ class Members:
 
     def find(self, role: Role, rank: int, incarnation: int) -> MemberState | None:
         """The member, if it is still in this life."""
-        member = self._members.get((role, rank))
-        return member if member is not None and member.incarnation == incarnation else None
+        seats = (Role.SHARD, Role.STANDBY) if role is Role.SHARD else (role,)
+        for seat in seats:
+            member = self._members.get((seat, rank))
+            if member is not None and member.incarnation == incarnation:
+                return member
+        return None
 
     def get(self, role: Role, rank: int) -> MemberState | None:
         return self._members.get((role, rank))
@@ -112,8 +174,8 @@ class Members:
         return [member.rank for member in self.of(Role.WORKER) if member.live]
 
     def shards_beside(self, rank: int) -> int:
-        """Count the shards on the machine of a shard, that one included."""
-        shards = self.of(Role.SHARD)
+        """Count the shards and standbys on the machine of a shard, that one included."""
+        shards = [*self.of(Role.SHARD), *self.of(Role.STANDBY)]
         machine = next((shard.machine for shard in shards if shard.rank == rank), "")
         return max(1, sum(shard.machine == machine for shard in shards)) if machine else 1
 
@@ -121,11 +183,17 @@ class Members:
         present = {member.rank for member in self.of(Role.SHARD) if member.live}
         return [index for index in range(self.num_shards) if index not in present]
 
+    def _grace_s(self, member: MemberState) -> float:
+        """How long a broken stream may be broken: not as long where somebody stands ready."""
+        if member.role is not Role.SHARD or not self.has_standbys:
+            return self.grace_s
+        return min(self.grace_s, TAKEOVER_GRACE_S)
+
     def expire(self, now: float) -> list[MemberState]:
         """Find the members whose stream has been broken, or who have been silent, for too long."""
         expired = []
         for member in self._members.values():
-            limit = self.lease_s if member.connected else self.grace_s
+            limit = self.lease_s if member.connected else self._grace_s(member)
             if member.live and now - member.last_seen > limit:
                 member.live = False
                 member.since = now

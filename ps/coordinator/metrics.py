@@ -25,11 +25,18 @@ CONTRIBUTIONS = Counter("windlass_contributions", "Contributions that every shar
 CONTRIBUTION_SECONDS = Counter(
     "windlass_contribution_seconds", "Seconds of contributions, by worker and phase", ["worker", "phase"]
 )
+DUPLICATED = Counter("windlass_duplicated_contributions", "Late contributions that an idle worker was given as well")
 WORKERS_LIVE = Gauge("windlass_workers_live", "Live workers")
 WORKERS_LOST = Gauge("windlass_workers_lost", "Workers that went without leaving, and did not come back")
 WORKERS_EXPECTED = Gauge("windlass_workers_expected", "Workers that the job starts with")
 SHARDS_LIVE = Gauge("windlass_shards_live", "Live shards")
 SHARDS_EXPECTED = Gauge("windlass_shards_expected", "Shards that the run needs")
+STANDBYS_IN_SYNC = Gauge("windlass_standbys_in_sync", "Standbys that hold the same as their shard, and may take over")
+STANDBYS_EXPECTED = Gauge("windlass_standbys_expected", "Standbys that the job asks for")
+STANDBYS_DIVERGED = Counter(
+    "windlass_standbys_diverged", "Standbys dismissed, as their state differed from the shard's"
+)
+TAKEOVERS = Counter("windlass_takeovers", "Standbys that took over from their shard")
 RECOVERIES = Counter("windlass_recoveries", "Times that the cluster was made to serve again")
 EPOCH = Gauge("windlass_epoch", "Epoch of the fence")
 TERM = Gauge("windlass_term", "Term of the fence")
@@ -37,9 +44,11 @@ CHECKPOINT_VERSION = Gauge("windlass_checkpoint_version", "Version of the newest
 CHECKPOINT_TIME = Gauge("windlass_checkpoint_time_seconds", "When the newest checkpoint was completed, Unix time")
 CHECKPOINT_EVERY = Gauge("windlass_checkpoint_every_steps", "Steps between checkpoints; 0: start and end only")
 CHECKPOINT_FAILURES = Counter("windlass_checkpoint_failures", "Checkpoints that could not be completed")
+CHECKPOINTS_DAMAGED = Gauge("windlass_checkpoints_damaged", "Checkpoints that this coordinator has found damaged")
 
 __all__ = [
     "APPLIED",
+    "CHECKPOINTS_DAMAGED",
     "CHECKPOINT_EVERY",
     "CHECKPOINT_FAILURES",
     "CHECKPOINT_TIME",
@@ -47,6 +56,7 @@ __all__ = [
     "COMMIT_TIME",
     "CONTRIBUTIONS",
     "CONTRIBUTION_SECONDS",
+    "DUPLICATED",
     "EPOCH",
     "EVALUATION_LOSS",
     "GRADIENT_NORM",
@@ -60,8 +70,12 @@ __all__ = [
     "SHARDS_EXPECTED",
     "SHARDS_LIVE",
     "SKIPPED",
+    "STANDBYS_DIVERGED",
+    "STANDBYS_EXPECTED",
+    "STANDBYS_IN_SYNC",
     "STEP",
     "STEP_SECONDS",
+    "TAKEOVERS",
     "TARGET_STEPS",
     "TERM",
     "TOKENS",

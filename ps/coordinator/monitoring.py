@@ -30,10 +30,13 @@ class Monitor:
     def __init__(self, config: RunConfig, history: History, candidates: list[Candidate]) -> None:
         #: The epoch under which the cluster last served; None before it has.
         self._served: int | None = None
+        #: What was counted so far.
+        self._duplicated = self._diverged = self._takeovers = 0
         precision = config.precision
         metrics.RUN.info({"id": history.run, "version": distribution_version("windlass")})
         metrics.TARGET_STEPS.set(config.training.end)
         metrics.SHARDS_EXPECTED.set(config.cluster.shards)
+        metrics.STANDBYS_EXPECTED.set(config.cluster.shards * config.cluster.standbys)
         metrics.WORKERS_EXPECTED.set(config.cluster.workers)
         metrics.LOSS_SCALE_FLOOR.set(precision.loss_scale.minimum if is_dynamic(precision) else 0.0)
         metrics.CHECKPOINT_EVERY.set(config.checkpoint.every_steps)
@@ -58,10 +61,17 @@ class Monitor:
         metrics.LOSS_SCALE.set(state.scaler.scale)
         metrics.EPOCH.set(machine.fence.epoch)
         metrics.TERM.set(machine.fence.term)
+        metrics.CHECKPOINTS_DAMAGED.set(len(machine.snapshots.rejected))
         metrics.WORKERS_LIVE.set(len(members.live_workers()))
         metrics.SHARDS_LIVE.set(machine.config.cluster.shards - len(members.missing_shards()))
         # One that has left by its own will is not ready any more.
         metrics.WORKERS_LOST.set(sum(member.ready and not member.live for member in members.of(Role.WORKER)))
+        standbys, duplicated = machine.standbys, machine.steps.duplicated
+        metrics.STANDBYS_IN_SYNC.set(len(machine.history.standbys))
+        metrics.DUPLICATED.inc(duplicated - self._duplicated)
+        metrics.STANDBYS_DIVERGED.inc(standbys.diverged - self._diverged)
+        metrics.TAKEOVERS.inc(standbys.takeovers - self._takeovers)
+        self._duplicated, self._diverged, self._takeovers = duplicated, standbys.diverged, standbys.takeovers
         if machine.phase is Phase.RUNNING and self._served != machine.fence.epoch:
             metrics.RECOVERIES.inc(int(self._served is not None))
             self._served = machine.fence.epoch

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ps.coordinator.members import MemberState
-from ps.storage.files import write_atomic
+from ps.errors import StorageError
+from ps.storage.files import append_all, reason, write_atomic
 
 #: A line per step and evaluation, in the run folder.
 METRICS_NAME = "metrics.jsonl"
@@ -25,9 +26,17 @@ class Recorder:
         self._drop_torn_line()
 
     def record(self, line: dict[str, Any]) -> None:
-        """Append one line."""
-        with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        """Append one line; on a full disk it waits a while for room.
+
+        Raises:
+            StorageError: names the file and the reason; nothing of the line is in it.
+        """
+        data = json.dumps(line, allow_nan=False).encode() + b"\n"
+        try:
+            with self._metrics.open("ab") as file:
+                append_all(file.fileno(), data, file.tell())
+        except OSError as error:
+            raise StorageError(f"{self._metrics} cannot be written: {reason(error)}") from error
 
     def rewind(self, version: int) -> None:
         """Drop what is about to be computed again: steps from `version` on, evaluations after it."""

@@ -29,12 +29,17 @@ class Inspection:
     last_decision: Decision | None
     #: By what chunks of the open step are updated already; None: none is.
     ahead: Decision | None = None
+    #: Every chunk of its open step is reduced.
+    reduced: bool = True
+    #: Of its state at that version; 0: not known.
+    state_hash: int = 0
 
 
 def surviving_version(inspections: Sequence[Inspection], last: Decision | None) -> int | None:
     """The version that the shards can go on from without loading anything, or None.
 
-    Shards may be one decision apart: the last decision, told again, brings the others there.
+    Shards may be one decision apart: the last decision, told again, brings the others there. They have reduced its
+    step, or it could not have been made; but for one whose host lost power, and with it the end of its journal.
 
     Args:
         last: the last decision in the journal, after what shards knew was adopted.
@@ -43,7 +48,8 @@ def surviving_version(inspections: Sequence[Inspection], last: Decision | None) 
         return None
     versions = {inspection.version for inspection in inspections}
     version = last.version if last is not None else 0
-    return version if versions <= {version, version - 1} else None
+    follows = all(inspection.reduced for inspection in inspections if inspection.version < version)
+    return version if versions <= {version, version - 1} and follows else None
 
 
 def can_complete(inspections: Sequence[Inspection], last: Decision | None, foregone: Decision | None) -> bool:

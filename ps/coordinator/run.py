@@ -34,7 +34,13 @@ class Run:
     ) -> None:
         self.config = config
         self.history = history
-        self.members = Members(config.membership.lease_s, config.membership.reconnect_grace_s, config.cluster.shards)
+        self.members = Members(
+            config.membership.lease_s,
+            config.membership.reconnect_grace_s,
+            config.cluster.shards,
+            has_standbys=config.cluster.standbys > 0,
+            expected=dict(history.primaries),
+        )
         self.snapshots = Snapshots(candidates, rejected)
         self.phase = Phase.GATHERING
         self.state = TrainingState.start(config)
@@ -61,9 +67,9 @@ class Run:
         actions, self._actions = self._actions, []
         return actions
 
-    def tell_decision(self, shard: int, decision: Decision) -> None:
-        """Tell a decision under the present fence, whenever it was made."""
-        self.ask(TellDecision(shard, replace(decision, fence=self.fence)))
+    def tell_decision(self, shard: int, decision: Decision, *, standby: bool = False) -> None:
+        """Tell a shard, or its standby, a decision under the present fence, whenever it was made."""
+        self.ask(TellDecision(shard, replace(decision, fence=self.fence), standby))
 
     def recover(self, why: str) -> None:
         """Have the cluster made to serve anew under another fence, also when the run is to stop."""

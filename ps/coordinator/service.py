@@ -7,7 +7,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from functools import partial
 from typing import Any
 
@@ -45,12 +45,15 @@ class Sessions:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._queues: dict[Key, _Queue] = {}
+        #: The lives that have opened one.
+        self._met: set[int] = set()
         self._goodbye: pb.End | None = None
 
-    def open(self, key: Key) -> _Queue:
+    def open(self, key: Key, life: int) -> _Queue:
         """Open a queue; an earlier session of the same member ends."""
         mine: _Queue = queue.SimpleQueue()
         with self._lock:
+            self._met.add(life)
             before = self._queues.get(key)
             self._queues[key] = mine
             if self._goodbye is not None:
@@ -67,6 +70,15 @@ class Sessions:
             del self._queues[key]
         return True
 
+    def move(self, before: Key, now: Key) -> None:
+        """A member is another one from now on; a session of whom it replaces ends."""
+        with self._lock:
+            replaced = self._queues.pop(now, None)
+            if before in self._queues:
+                self._queues[now] = self._queues.pop(before)
+        if replaced is not None:
+            replaced.put(None)
+
     def tell(self, key: Key, **event: Any) -> None:
         """Send a message to a member; without a session it is lost, and told again at the next one."""
         with self._lock:
@@ -81,6 +93,11 @@ class Sessions:
             queues = list(self._queues.values())
         for found in queues:
             found.put(pb.SessionResponse(end=self._goodbye))
+
+    def have_met(self, lives: Set[int]) -> bool:
+        """Whether each of these has opened a queue."""
+        with self._lock:
+            return lives <= self._met
 
     def __len__(self) -> int:
         with self._lock:
@@ -159,13 +176,12 @@ class CoordinatorServicer(pb_grpc.CoordinatorServicer):
         except PsError as error:
             abort(context, error)
             return
-        key = (who.role, who.rank)
         member = self._loop.call(lambda _: self._machine.members.find(who.role, who.rank, who.incarnation))
         if member is None:
             # Registered with an earlier coordinator, or replaced: registering again sorts it out.
             abort(context, PeerUnavailable(f"{who.name} is not registered in this life"))
             return
-        mine = self._sessions.open(key)
+        mine = self._sessions.open((member.role, member.rank), member.incarnation)
         context.add_callback(lambda: mine.put(None))
         # The first answer says that the session stands; the member then tells what it knows.
         yield pb.SessionResponse()
@@ -178,7 +194,8 @@ class CoordinatorServicer(pb_grpc.CoordinatorServicer):
             while (response := mine.get()) is not None:
                 yield response
         finally:
-            if self._sessions.close(key, mine):
+            # By what it is by now: a standby may have become the shard.
+            if self._sessions.close((member.role, member.rank), mine):
                 self._loop.post(lambda now: self._machine.disconnect(member, now))
 
     def _read(self, requests: Iterator[pb.SessionRequest], member: MemberState, mine: _Queue) -> None:
@@ -232,8 +249,9 @@ def _prepared(machine: Machine, _member: MemberState, event: common_pb2.Prepared
     machine.steps.prepared(from_proto(Prepared, event))
 
 
-def _applied(machine: Machine, _member: MemberState, event: common_pb2.Applied, _now: float) -> None:
-    machine.steps.applied(from_proto(Applied, event))
+def _applied(machine: Machine, member: MemberState, event: common_pb2.Applied, _now: float) -> None:
+    takes = machine.standbys.applied if member.role is Role.STANDBY else machine.steps.applied
+    takes(from_proto(Applied, event))
 
 
 def _initialized(machine: Machine, _member: MemberState, event: pb.Initialized, _now: float) -> None:
@@ -241,17 +259,18 @@ def _initialized(machine: Machine, _member: MemberState, event: pb.Initialized, 
 
 
 def _snapshot_written(machine: Machine, _member: MemberState, event: pb.SnapshotWritten, _now: float) -> None:
-    machine.snapshot_written(event.shard, event.version, (event.file, event.sha256, event.size), event.error)
+    fence = from_proto(Fence, event.fence)
+    machine.snapshot_written(fence, event.shard, event.version, (event.file, event.sha256, event.size), event.error)
 
 
 def _evaluated(machine: Machine, _member: MemberState, event: pb.Evaluated, _now: float) -> None:
     machine.steps.evaluated(event.version, event.part, event.loss_sum, event.tokens, event.bytes)
 
 
-def _contributed(machine: Machine, member: MemberState, event: pb.Contributed, _now: float) -> None:
+def _contributed(machine: Machine, member: MemberState, event: pb.Contributed, now: float) -> None:
     seconds = [_seconds(value) for value in (event.compute_s, event.push_s, event.pull_s, event.wait_s)]
     spent = Spent(event.step, event.contribution, *seconds)
-    if machine.steps.contributed(member.rank, from_proto(Fence, event.fence), spent):
+    if machine.steps.contributed(member.rank, from_proto(Fence, event.fence), spent, now):
         count_contribution(member.rank, spent)
 
 
@@ -271,7 +290,7 @@ def _leave(machine: Machine, member: MemberState, _event: pb.Leave, now: float) 
 
 def _heartbeat(machine: Machine, member: MemberState, event: pb.Heartbeat, now: float) -> None:
     member.transport = _printable(event.transport)
-    if member.role is Role.SHARD and not member.ready and not event.starting:
+    if member.role is not Role.WORKER and not member.ready and not event.starting:
         machine.started(member, now)
 
 

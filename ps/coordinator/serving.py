@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 
-from ps.coordinator.actions import Configure, Control, Journal, Rewind, TellCluster, TellDeal
+from ps.coordinator.actions import Configure, Control, Journal, Rewind, TellCluster, TellDeal, TellSnapshot
 from ps.coordinator.decision import TrainingState, after
 from ps.coordinator.recovery import Candidate, Inspection, can_complete, choose_checkpoint, surviving_version
 from ps.coordinator.run import Phase, Run
+from ps.coordinator.standbys import Standbys
 from ps.coordinator.steps import Steps
 from ps.coordinator.waiting import describe_wait, find_waits
-from ps.errors import PsError, StorageError
+from ps.errors import CheckpointWriteFailed, DecisionRejected, PsError, StorageError
 from ps.types import Decision, Fence, Role
 from ps.wire.proto import to_record
 
@@ -33,9 +34,10 @@ _CONTROL_OF = {
 class Serving:
     """The way from shards that are there to a cluster that serves."""
 
-    def __init__(self, run: Run, steps: Steps, now: float) -> None:
+    def __init__(self, run: Run, steps: Steps, standbys: Standbys, now: float) -> None:
         self._run = run
         self._steps = steps
+        self._standbys = standbys
         self._started_at = now
         self._served = False
         self._retry_at = now
@@ -47,6 +49,8 @@ class Serving:
         self._checkpoint: Candidate | None = None
         #: A stop waits until the cluster serves: there is something to save.
         self.goes_on = False
+        #: What the shards hold has turned out not to belong together.
+        self._mixed = False
 
     # -- Facts ----------------------------------------------------------------------------------
 
@@ -60,8 +64,9 @@ class Serving:
         """A shard could not carry out Configure: a damaged checkpoint, or it is gone."""
         if fence != self._run.fence or control is not _CONTROL_OF.get(self._run.phase):
             return
-        # A shard that died while it loaded says nothing about the checkpoint.
-        damaged = control is Control.LOAD and isinstance(error, StorageError)
+        # A shard that died while it loaded says nothing about the checkpoint, nor does a disk that is full.
+        unwritable = isinstance(error, CheckpointWriteFailed)
+        damaged = control is Control.LOAD and isinstance(error, StorageError) and not unwritable
         if damaged and self._checkpoint is not None and not fatal:
             log.error(
                 "checkpoint %s cannot be loaded by shard %d: %s; going back to the one before",
@@ -71,8 +76,12 @@ class Serving:
             )
             self._run.snapshots.reject(self._checkpoint)
             self.gather(f"checkpoint {self._checkpoint.name} is damaged")
-        elif fatal:
+        elif fatal and not (unwritable and self._served):
             self._run.end(False, f"shard {shard}: {error.message}")
+        elif control is Control.SERVE and isinstance(error, DecisionRejected):
+            log.warning("%s: going back to a checkpoint", error.message)
+            self._mixed = True
+            self.gather(f"shard {shard} cannot go on where the others are")
         else:
             self.gather(f"shard {shard} did not answer: {error.message}")
 
@@ -173,7 +182,8 @@ class Serving:
         if not self._adopt([i.last_decision for i in inspections if i.last_decision is not None]):
             return
         version = surviving_version(inspections, self._run.history.last_decision)
-        if version is not None and self._go_on(version, inspections):
+        mixed, self._mixed = self._mixed, False
+        if version is not None and not mixed and self._go_on(version, inspections):
             return
         self._checkpoint = choose_checkpoint(self._run.snapshots.candidates)
         if self._checkpoint is None and (self._run.history.decisions or self._run.snapshots.rejected):
@@ -217,9 +227,10 @@ class Serving:
     def _loading(self, _now: float) -> None:
         if not self._all_answered():
             return
-        self._run.last_decision = None
         self._run.state = self._checkpoint.state if self._checkpoint else TrainingState.start(self._run.config)
-        self._run.history.rollback(self._run.state.version)
+        self._run.history.rollback(self._run.state.version, self._run.fence.epoch)
+        # Loading its version carries it out: nobody may have heard before that every shard had.
+        self._run.last_decision = self._run.history.decisions.get(self._run.state.version - 1)
         self._run.snapshots.forget_pending()
         self._run.ask(
             Journal(
@@ -228,10 +239,11 @@ class Serving:
             )
         )
         self._run.ask(Rewind(self._run.state.version))
-        self._open()
+        self._open(rolled_back=True)
 
-    def _open(self) -> None:
+    def _open(self, *, rolled_back: bool = False) -> None:
         self._steps.reset()
+        self._standbys.reset(rolled_back)
         self._initialized.clear()
         self.initializer = None
         self._enter(Phase.OPENING, Control.SERVE)
@@ -249,10 +261,16 @@ class Serving:
                 if self._inspections[shard].version < self._run.state.version and self._run.last_decision is not None:
                     self._run.tell_decision(shard, self._run.last_decision)
                 else:
-                    self._steps.note_applied(shard)
+                    self._steps.note_applied(shard, self._inspections[shard].state_hash)
+                    self._save_again(shard)
             version = self._run.state.version
             ahead = [i for i in self._inspections.values() if i.ahead is not None and i.version == version]
             self._steps.resume(bool(ahead), now)
+
+    def _save_again(self, shard: int) -> None:
+        """Have a checkpoint of the present version written that a shard may have died over; who wrote it says so."""
+        if self._run.snapshots.is_pending(self._run.state.version):
+            self._run.ask(TellSnapshot(shard, self._run.fence, self._run.state.version))
 
     def _initializing(self, now: float) -> None:
         if self._run.stop_reason is not None:

@@ -7,6 +7,7 @@ import logging
 from ps.coordinator.actions import WriteManifest
 from ps.coordinator.decision import TrainingState
 from ps.coordinator.recovery import Candidate
+from ps.types import Fence
 
 log = logging.getLogger(__name__)
 
@@ -21,19 +22,28 @@ class Snapshots:
         #: Names of checkpoints that turned out to be damaged.
         self.rejected = list(rejected)
         self._pending: dict[int, TrainingState] = {}
+        #: Under which fence each of these was begun: its folder was empty then.
+        self._begun: dict[int, Fence] = {}
         self._files: dict[int, dict[int, File]] = {}
         self._failures: dict[int, str] = {}
 
-    def begin(self, state: TrainingState) -> None:
+    def begin(self, state: TrainingState, fence: Fence) -> None:
         """A checkpoint of this state has been asked for."""
         self._pending[state.version] = state
+        self._begun[state.version] = fence
         self._files[state.version] = {}
         self._failures.pop(state.version, None)
 
-    def written(self, shard: int, version: int, file: File, error: str, num_shards: int) -> WriteManifest | None:
-        """One shard's file is there; with the last one the manifest can be written."""
+    def written(
+        self, fence: Fence, shard: int, version: int, file: File, error: str, num_shards: int
+    ) -> WriteManifest | None:
+        """One shard's file is there; with the last one the manifest can be written.
+
+        Args:
+            fence: under which the shard was asked for it. What was asked for before the folder was emptied is gone.
+        """
         state = self._pending.get(version)
-        if state is None:
+        if state is None or fence < self._begun[version]:
             return None
         if error:
             self.completed(version, None, f"shard {shard}: {error}")
@@ -53,6 +63,12 @@ class Snapshots:
             self._failures[version] = error
         else:
             self.candidates = [c for c in self.candidates if c.state.version != version] + [candidate]
+
+    def lose(self, shard: int, version: int) -> None:
+        """A shard started anew, and holds at most this version: its part of an older one will never come."""
+        for pending in [pending for pending in self._pending if pending < version]:
+            if shard not in self._files[pending]:
+                self.completed(pending, None, f"shard {shard} died before its part was written")
 
     def reject(self, candidate: Candidate) -> None:
         """A checkpoint turned out to be damaged."""

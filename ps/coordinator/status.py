@@ -41,7 +41,9 @@ def status(machine: Machine, myself: common_pb2.Member, now: float, wall_now: fl
         learning_rate=decision.groups[0].lr if decision else math.nan,
         gradient_norm=decision.gradient_norm if decision else math.nan,
         members=[
-            _member(machine, member, now) for role in (Role.SHARD, Role.WORKER) for member in machine.members.of(role)
+            _member(machine, member, now)
+            for role in (Role.SHARD, Role.STANDBY, Role.WORKER)
+            for member in machine.members.of(role)
         ],
         waiting_for=describe_wait(machine, waits),
         waits=[_wait(wait) for wait in waits],

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 
+from ps.coordinator.accounts import accounts
 from ps.coordinator.actions import Journal, PrepareCheckpoint, Record, TellDeal, TellForegone, TellSnapshot
-from ps.coordinator.dealing import Dealing
+from ps.coordinator.dealing import EVEN, Dealing
 from ps.coordinator.decision import TrainingState, after, decide, foregone, same_content
 from ps.coordinator.evaluation import Evaluation
+from ps.coordinator.pace import Pace
 from ps.coordinator.recovery import describe_newest
 from ps.coordinator.run import Run
+from ps.coordinator.standbys import Standbys
 from ps.coordinator.timings import Speed, Spent, Timings, finite
 from ps.types import Applied, Decision, Fence, Prepared, Role
 from ps.wire.proto import to_record
@@ -20,13 +23,17 @@ log = logging.getLogger(__name__)
 class Steps:
     """The open step: who computes what, which reports have come, what follows from them."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, standbys: Standbys) -> None:
         self._run = run
+        self._standbys = standbys
         self.dealing = Dealing(run.history.contributions)
         self.evaluation: Evaluation | None = None
         self._closed_at: float | None = None
         self._timings = Timings()
         self.speed = Speed()
+        self.pace = Pace()
+        #: Contributions that were late and given to a second worker, in this life of the coordinator.
+        self.duplicated = 0
         #: Each worker's last contribution.
         self.spent: dict[int, Spent] = {}
         self._reports: dict[int, Prepared] = {}
@@ -51,6 +58,7 @@ class Steps:
     def prepared(self, report: Prepared) -> None:
         if report.fence == self._run.fence and report.step == self._run.state.version:
             self._reports[report.shard] = report
+            self._standbys.prepared(report)
 
     def applied(self, report: Applied) -> None:
         if report.fence == self._run.fence:
@@ -61,8 +69,11 @@ class Steps:
         rank: int,
         fence: Fence,
         spent: Spent,
+        now: float,
     ) -> bool:
         """Every shard holds a whole contribution; before a rollback they may have held what is lost now.
+
+        Whoever else is at it hears that it may leave it.
 
         Returns:
             False when that was known, or is not of the open step: nothing is counted twice.
@@ -70,8 +81,15 @@ class Steps:
         self.spent[rank] = spent
         if fence != self._run.fence or spent.step != self._run.state.version:
             return False
-        if not self.dealing.finish(spent.contribution):
+        finish = self.dealing.finish(spent.contribution, rank, now)
+        if finish is None:
             return False
+        if finish.took_s is not None and self.evaluation is None:
+            self.pace.took(rank, finish.took_s)
+        for other, seconds in finish.others.items():
+            if self.evaluation is None:
+                self.pace.at_least(other, seconds)
+            self._run.ask(TellDeal(other, self._run.fence, self._run.state, done=(spent.contribution,)))
         self._timings.add(rank, spent.compute_s, spent.push_s, spent.pull_s, spent.wait_s)
         return True
 
@@ -79,12 +97,13 @@ class Steps:
         if self.evaluation is not None and self.evaluation.version == version:
             self.evaluation.add(part, loss_sum, tokens, num_bytes)
 
-    def note_applied(self, shard: int) -> None:
+    def note_applied(self, shard: int, state_hash: int = 0) -> None:
         """A shard at the present version has nothing left to acknowledge."""
-        self._applied[shard] = Applied(self._run.fence, self._run.state.version - 1, shard, 0)
+        self._applied[shard] = Applied(self._run.fence, self._run.state.version - 1, shard, state_hash)
 
     def lose(self, rank: int) -> list[int]:
         """Take back what a worker had not finished; returns its contributions."""
+        self.pace.forget(rank)
         if self.evaluation is not None:
             self.evaluation.dealing.lose(rank)
         return self.dealing.lose(rank)
@@ -98,9 +117,11 @@ class Steps:
 
     def advance(self, now: float) -> None:
         """Do whatever the facts allow; every shard is there."""
+        self._standbys.advance(self._reports, now)
         self._close_step(now)
         self._save_first()
         if self._finish_evaluation():
+            self.dealing.begin(now)
             self._deal(now)
         if self.is_over():
             self._finish()
@@ -128,23 +149,34 @@ class Steps:
         """Plan the work of the open step, and of the evaluation that is due before it."""
         version = self._run.state.version
         self.dealing = Dealing(self._run.history.contributions if not self.is_over() else 0)
+        self.pace.next_step()
         parts = self._run.history.evaluation_parts
         if parts and version not in self._run.history.evaluations and self._is_evaluation_due(version):
             self.evaluation = Evaluation(version, parts)
         self._deal(now, all_workers=True)
 
     def _deal(self, now: float, all_workers: bool = False) -> None:
-        """Give out what nobody has; at the start of a step every worker hears of it."""
-        timeout = self._run.config.training.step_timeout_s
+        """Give out what nobody has, and what is late; at the start of a step every worker hears of it."""
+        membership, timeout = self._run.config.membership, self._run.config.training.step_timeout_s
         for units in (self.dealing, self.evaluation.dealing if self.evaluation else None):
             if units is not None and units.overdue(now, timeout):
                 log.warning(
                     "step %d: work is overdue after %.0f s and is dealt again", self._run.state.version, timeout
                 )
-        workers = self._run.members.live_workers()
+        live = self._run.members.live_workers()
+        workers = live[: membership.max_workers] if not self.lacks_workers() else []
+        pace = self.pace.of(live)
         evaluate = self.evaluation.dealing.deal(workers, now) if self.evaluation else {}
-        contributions = self.dealing.deal(workers, now)
-        for rank in workers:
+        contributions = self.dealing.deal(workers, now, pace if membership.balance == "speed" else EVEN)
+        # An evaluation comes before contributions, and is not what they take.
+        seconds = membership.duplicate_late and self.evaluation is None
+        late = self.dealing.duplicate(workers, now, pace) if seconds else {}
+        for rank, also in late.items():
+            step = self._run.state.version
+            log.info("step %d: contributions %s are late: worker %d computes them too", step, also, rank)
+            self.duplicated += len(also)
+        contributions |= late
+        for rank in live:
             if all_workers or rank in evaluate or rank in contributions:
                 self._run.ask(
                     TellDeal(
@@ -155,6 +187,11 @@ class Steps:
                         tuple(evaluate.get(rank, ())),
                     )
                 )
+
+    def lacks_workers(self) -> bool:
+        """Whether too few workers are there to be dealt work; what has to be completed before a stop may be."""
+        few = len(self._run.members.live_workers()) < self._run.config.membership.min_workers
+        return few and not (self._ahead and self._run.stop_reason is not None)
 
     # -- Eager steps ----------------------------------------------------------------------------
 
@@ -213,13 +250,18 @@ class Steps:
         shards = self._run.config.cluster.shards
         return (
             len(self._reports) == shards
-            and self._all_applied()
+            and all(map(self._standbys.covers, self._reports.values()))
+            and self._is_carried_out()
             and self.evaluation is None
             and self._run.snapshots.has_first()
         )
 
     def _all_applied(self) -> bool:
         return not self.not_applied()
+
+    def _is_carried_out(self) -> bool:
+        """Whether every shard, and every standby that may take over, has acknowledged the last decision."""
+        return self._all_applied() and not self._standbys.not_applied(self._run.state.version - 1)
 
     def not_applied(self) -> list[int]:
         """The shards that have not acknowledged the last decision."""
@@ -242,8 +284,8 @@ class Steps:
                 "step %d was decided otherwise before the rollback: this device does not repeat its own bits",
                 decision.step,
             )
-        owners = [[c.rank, c.incarnation] for c in self._reports[0].contributions]
-        self._run.ask(Journal({"type": "decision", **to_record(decision), "owners": owners}))
+        counted = accounts(self._reports.values())
+        self._run.ask(Journal({"type": "decision", **to_record(decision), "counted": counted}))
         self._run.history.note(decision)
         self._run.state = after(self._run.state, decision)
         self._run.last_decision = decision
@@ -252,14 +294,17 @@ class Steps:
             self._begin_snapshot()
         for shard in self._run.shards:
             self._run.tell_decision(shard, decision)
+            self._standbys.tell_decision(shard, decision)
         self.begin_step(now)
 
     def _close_step(self, now: float) -> None:
         """Record a step once every shard has carried its decision out."""
         decision = self._run.last_decision
-        if decision is None or decision.step in self._run.history.recorded or not self._all_applied():
+        if decision is None or decision.step in self._run.history.recorded or not self._is_carried_out():
             return
+        self._standbys.compare(decision.step, {shard: self._applied[shard].state_hash for shard in self._run.shards})
         self._run.history.recorded.add(decision.step)
+        self.dealing.begin(now)
         seconds = now - self._closed_at if self._closed_at is not None else None
         self._closed_at = now
         hashes = [self._applied[shard].state_hash for shard in self._run.shards]
@@ -301,7 +346,7 @@ class Steps:
 
     def _finish(self) -> None:
         """Save the present version, then leave."""
-        if not self._all_applied() or (self.evaluation is not None and self._run.stop_reason is None):
+        if not self._is_carried_out() or (self.evaluation is not None and self._run.stop_reason is None):
             return
         version = self._run.state.version
         if self._run.snapshots.exists(version):
@@ -333,7 +378,7 @@ class Steps:
         return f"stopped at step {version}: {self._run.stop_reason}"
 
     def _begin_snapshot(self) -> None:
-        self._run.snapshots.begin(self._run.state)
+        self._run.snapshots.begin(self._run.state, self._run.fence)
         self._run.ask(PrepareCheckpoint(self._run.state.version))
 
     def _save(self) -> None:

@@ -81,7 +81,7 @@ class Timeline:
             self._parts[_key(life)] = part
             return all(
                 _key(member) in self._parts
-                for role in (Role.SHARD, Role.WORKER)
+                for role in (Role.SHARD, Role.STANDBY, Role.WORKER)
                 for member in members.of(role)
                 if member.live
             )

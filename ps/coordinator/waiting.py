@@ -135,6 +135,12 @@ def _step(run: Run, steps: Steps) -> Iterator[_Missing]:
         yield _Missing(Role.SHARD, shard, f"to apply decision {version - 1}", (("apply", version, shard),))
     if steps.evaluation is not None and run.stop_reason is None:
         yield from _units(run, steps.evaluation.dealing, "evaluation part")
+    least = run.config.membership.min_workers
+    # Where one is enough, what it has to do says as much.
+    if least > 1 and steps.lacks_workers() and (steps.evaluation is not None or not steps.is_over()):
+        there = len(run.members.live_workers())
+        what = f"to come: membership.min_workers={least}, and {there or 'none'} {'is' if there == 1 else 'are'} there"
+        yield _Missing(Role.WORKER, None, what, (("come", Role.WORKER),))
     if not steps.is_over():
         yield from _units(run, steps.dealing, "contribution")
     if not steps.is_over() and steps.dealing.complete:
@@ -149,13 +155,15 @@ def _step(run: Run, steps: Steps) -> Iterator[_Missing]:
 
 
 def _units(run: Run, dealing: Dealing, unit: str) -> Iterator[_Missing]:
-    by_owner: dict[int | None, list[int]] = {}
+    by_rank: dict[int | None, list[int]] = {}
     for number in range(dealing.count):
         if number not in dealing.done:
-            by_owner.setdefault(dealing.owner.get(number), []).append(number)
-    for rank in sorted(by_owner, key=lambda rank: -1 if rank is None else rank):
-        keys = tuple((unit, run.state.version, rank, number) for number in by_owner[rank])
-        yield _Missing(Role.WORKER, rank, _numbered(unit, by_owner[rank]), keys)
+            holders: Sequence[int | None] = dealing.holders(number) or [None]
+            for holder in holders:
+                by_rank.setdefault(holder, []).append(number)
+    for rank in sorted(by_rank, key=lambda rank: -1 if rank is None else rank):
+        keys = tuple((unit, run.state.version, rank, number) for number in by_rank[rank])
+        yield _Missing(Role.WORKER, rank, _numbered(unit, by_rank[rank]), keys)
 
 
 def _report(run: Run, shard: int) -> str:

@@ -12,11 +12,13 @@ import threading
 from protos.ps.v1 import coordinator_pb2 as pb
 from protos.ps.v1 import shard_pb2
 from protos.ps.v1.common_pb2 import Member
+from ps import failpoints
 from ps.config import RunConfig, from_json
 from ps.errors import NotServing, PsError, StaleFence
 from ps.kernels.compile import check_denormals, warm_up
 from ps.kernels.update import Update
 from ps.machine import machine_name
+from ps.shard import replicator
 from ps.shard.doing import describe
 from ps.shard.engine import Outbox, ShardEngine
 from ps.shard.service import SERVICE, ShardHost, ShardServicer
@@ -25,7 +27,9 @@ from ps.storage.shard_file import ShardFile
 from ps.telemetry.courier import Courier
 from ps.telemetry.exporter import identify, serve_metrics
 from ps.types import Applied, Decision, Fence, Prepared, Role
+from ps.wire.connection import FrameStream, OnClose, OnFrame
 from ps.wire.health import Health, enable_reflection
+from ps.wire.messages import Mirror
 from ps.wire.options import bind, make_server, reachable
 from ps.wire.proto import from_proto, to_proto
 from ps.wire.security import PLAIN, Security
@@ -59,9 +63,11 @@ class ShardApp:
         self._registered = False
         self._exit_code = 0
         self._reason = ""
+        self._run_name = ""
         #: Once there is something to be traced.
         self._courier: Courier | None = None
         incarnation = random.SystemRandom().getrandbits(62) + 1
+        self._security = security
         self._host = ShardHost(index, incarnation, self._on_engine)
         self._server = make_server(MAX_STREAMS)
         self._health = Health(self._server, SERVICE)
@@ -90,7 +96,8 @@ class ShardApp:
             response = self._session.register(start_timeout_s)
             self._registered = True
             config = from_json(RunConfig, response.job)
-            identify(config.run_name, Role.SHARD, self._host.index)
+            self._run_name = config.run_name
+            identify(self._run_name, Role.SHARD, self._host.index)
             # A minute without a cache: it is there meanwhile, and says why it does not serve.
             self._session.doing("compiling kernels")
             self._session.start(starting=True)
@@ -118,9 +125,12 @@ class ShardApp:
                 self._session.doing(NO_PLAN)
                 continue
             with engine.lock:
-                self._session.doing(describe(engine.protocol, len(engine.chunks)))
+                follower = engine.follower
+                self._session.doing(follower.doing if follower else describe(engine.protocol, len(engine.chunks)))
+            identify(self._run_name, Role.STANDBY if follower else Role.SHARD, self._host.index)
             engine.resend()
-            if engine.has_state and engine.protocol.serving:
+            engine.journal.trim(engine.config.checkpoint_dir, engine.run)
+            if engine.has_state and (engine.protocol.serving or engine.follower is not None):
                 self._health.serving()
             else:
                 self._health.not_serving()
@@ -161,15 +171,35 @@ class ShardApp:
             return
         try:
             if kind == "decision":
-                engine.decide(from_proto(Decision, message.decision))
+                failpoints.hit("decision.before")
+                self._decide(engine, from_proto(Decision, message.decision))
+                failpoints.hit("decision.after")
+            elif kind == "replicate":
+                self._replicate(engine, message.replicate)
             elif kind == "foregone":
                 engine.foresee(from_proto(Decision, message.foregone))
             elif kind == "write_snapshot":
-                engine.snapshot(message.write_snapshot.version)
+                engine.snapshot(message.write_snapshot.version, from_proto(Fence, message.write_snapshot.fence))
         except (StaleFence, NotServing) as error:
             log.warning("ignored a %s: %s", kind, error.message)
         except PsError as error:
             self._end(False, error.message)
+
+    def _decide(self, engine: ShardEngine, decision: Decision) -> None:
+        follower = engine.follower
+        if follower is not None:
+            follower.decide(decision)
+        else:
+            engine.decide(decision)
+
+    def _replicate(self, engine: ShardEngine, wanted: pb.Replicate) -> None:
+        fence = from_proto(Fence, wanted.fence)
+        life, standby = self._host.incarnation, int(wanted.incarnation)
+        greeting = Mirror(engine.run, engine.plan.digest, fence.term, fence.epoch, engine.shard, life, standby)
+        engine.replicate(greeting, wanted.address, self._open_replica)
+
+    def _open_replica(self, address: str, on_frame: OnFrame, on_close: OnClose) -> FrameStream:
+        return FrameStream(address, replicator.METHOD, on_frame, on_close, self._security)
 
     # -- To the coordinator ---------------------------------------------------------------------
 
@@ -186,9 +216,7 @@ class ShardApp:
             send(initialized=pb.Initialized(fence=to_proto(fence), shard=shard))
 
         def snapshot(target: SnapshotTarget, result: ShardFile | PsError) -> None:
-            written = pb.SnapshotWritten(
-                fence=to_proto(engine.protocol.fence), version=target.version, shard=target.shard
-            )
+            written = pb.SnapshotWritten(fence=to_proto(target.fence), version=target.version, shard=target.shard)
             if isinstance(result, ShardFile):
                 written.file, written.sha256, written.size = result.name, result.sha256, result.size
             else:

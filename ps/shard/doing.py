@@ -15,6 +15,8 @@ def describe(protocol: StepProtocol, num_chunks: int) -> str:
     """
     if protocol.awaiting_initial_values:
         return "waiting for initial values"
+    if not protocol.serving:
+        return "loading its state"
     return f"step {protocol.step}: {describe_step(protocol.missing(), protocol.chunks_reduced, num_chunks)}"
 
 

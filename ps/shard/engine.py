@@ -9,40 +9,45 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from ps import failpoints
 from ps.config import RunConfig
-from ps.errors import MismatchError, NotServing, PsError, WaitTimeout
+from ps.errors import MismatchError, NotServing, PsError, StaleFence, WaitTimeout
 from ps.kernels import reduce as kernels
 from ps.kernels.digest import hash_payload
 from ps.kernels.update import Update
 from ps.machine import available_cores
 from ps.shard import metrics
+from ps.shard.follower import Follower
+from ps.shard.journal import Journal, NoJournal, make_journal
+from ps.shard.mirroring import Mirroring
 from ps.shard.protocol import Accepted, StepProtocol, StepShape
+from ps.shard.records import Base, Decided, Reopened
 from ps.shard.reduction import ChunkReduction, FoldJob, ReductionJob
-from ps.shard.snapshot import Snapshot, SnapshotTarget
+from ps.shard.replicator import Opener
+from ps.shard.restoring import Restoration, read_state
+from ps.shard.snapshot import SnapshotTarget
+from ps.shard.snapshots import MAX_SNAPSHOTS, Snapshots
 from ps.shard.store import Store
 from ps.shard.threads import kernel_threads
 from ps.sharding import Chunk, Plan, make_plan
 from ps.storage.layout import checkpoint_folder
 from ps.storage.manifest import read_manifest
-from ps.storage.reader import CheckpointReader
 from ps.storage.shard_file import ShardFile
 from ps.telemetry import logs
 from ps.telemetry.trace import Recorder
 from ps.types import Applied, Decision, Fence, ParameterTable, Prepared
-from ps.wire.messages import Initialize, Push
+from ps.wire.messages import Initialize, Mirror, Push
 from ps.wire.shared_memory import Segment
 
 log = logging.getLogger(__name__)
 
-#: Snapshots that may be on their way to the disk when the next update begins.
-MAX_SNAPSHOTS = 2
 #: A push of the next step waits so long for the decision of the open one.
 OPEN_S = 5.0
 #: What the kernels at work may take to end before state is loaded.
@@ -83,12 +88,15 @@ class ShardEngine:
         )
         self.protocol = StepProtocol(self.plan, shard, shape)
         self.store = Store(self.chunks, Update(config.optimizer, dtype), dtype, eager=config.is_eager)
+        self.journal: Journal = make_journal(config, shard, self.store.num_elements)
+        #: The epoch of the run's last rollback, as the coordinator says with every call.
+        self.lineage = 0
         self.outbox = Outbox()
         self.trace = Recorder(config.traced_steps)
         #: Guards the protocol.
         self.lock = threading.RLock()
         #: Notified when another step is open.
-        self._opened = threading.Condition(self.lock)
+        self.opened = threading.Condition(self.lock)
         #: Streams that wait, each with a condition over `lock`, and how many chunks the open step must have published
         #: before one has something to send; None: that is not what it waits for.
         self.waiting: dict[threading.Condition, int | None] = {}
@@ -98,21 +106,24 @@ class ShardEngine:
         asked, cores = config.cluster.threads_per_shard, available_cores()
         self.threads = kernel_threads(asked, cores, shards_on_machine, len(self.chunks))
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="kernel")
-        self._snapshots: list[Snapshot] = []
-        #: How the last snapshots ended, to be told again after a reconnect.
-        self._results: dict[int, tuple[SnapshotTarget, ShardFile | PsError]] = {}
-        #: Versions that were asked for while they were being written.
-        self._asked_again: set[int] = set()
-        self._prepared: Prepared | None = None
+        self._snapshots = Snapshots(self.store, self.lock, self._holds, lambda *ended: self.outbox.snapshot(*ended))
+        self._mirroring = Mirroring(self.protocol, self.store, self.lock, lambda report: self.outbox.prepared(report))
+        #: What this process holds as a standby; None: it is the shard.
+        self.follower: Follower | None = None
         self._prepared_ns = 0
         self._last_applied: Applied | None = None
+        #: Hash of the state at the open version, before any of its chunks was updated.
+        self.state_hash = 0
         metrics.ELEMENTS.set(self.store.num_elements)
         metrics.KERNEL_THREADS.set(self.threads)
 
     def close(self) -> None:
         """Stop the kernel threads; pending work is dropped."""
+        with self.lock:
+            self._mirroring.stop()
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._await_snapshots(0)
+        self._snapshots.wait(0, self.config.checkpoint.timeout_s)
+        self.journal.close()
 
     def _wake(self) -> None:
         """Any stream may have something to send; called with the lock held."""
@@ -132,8 +143,8 @@ class ShardEngine:
 
     def adopt(self, fence: Fence) -> None:
         with self.lock:
-            self.protocol.adopt(fence)
-            self._opened.notify_all()
+            self._adopt(fence)
+            self.opened.notify_all()
             self._wake()
 
     def load(self, fence: Fence, checkpoint: Path | None, manifest_sha256: str) -> None:
@@ -148,17 +159,19 @@ class ShardEngine:
             WaitTimeout: kernels are still at work.
         """
         with self.lock:
-            self.protocol.adopt(fence)
+            self._adopt(fence)
+            if self.follower is not None:
+                self.follower = None
+                self.journal = make_journal(self.config, self.shard, self.store.num_elements)
             self.protocol.close()
             self.has_state = self._loaded = False
-            self._prepared = self._last_applied = None
-            self._opened.notify_all()
+            self._last_applied = None
+            self._mirroring.forget_report()
+            self.opened.notify_all()
             self._wake()
         self._quiesce()
-        with self.lock:
-            # Only now: the snapshots that were waited for have just put theirs here.
-            self._results = {}
-            self._asked_again.clear()
+        # Only now: the snapshots that were waited for have just ended.
+        self._snapshots.forget()
         self.store.clear()
         if checkpoint is None:
             with self.lock:
@@ -167,19 +180,44 @@ class ShardEngine:
         manifest, digest = read_manifest(checkpoint)
         if digest != manifest_sha256:
             raise MismatchError(f"{checkpoint}/manifest.json is not the one that the coordinator read")
-        if manifest.table.digest != self.plan.table.digest:
-            raise MismatchError(f"{checkpoint} holds another parameter table than this run's")
-        with CheckpointReader(checkpoint, manifest) as reader:
-            reader.verify(reader.files_for([(chunk.start, chunk.stop) for chunk in self.chunks]))
-            for chunk in self.chunks:
-                for name, array in self.store.arrays(chunk).items():
-                    reader.read(name, chunk.start, array)
-        for chunk in self.chunks:
-            self.store.publish(chunk, self.store.encode(chunk, manifest.version, manifest.applied))
+        read_state(self.store, self.plan, checkpoint, manifest)
         with self.lock:
             self.protocol.restored(manifest.version, manifest.applied, manifest.scaler.scale)
+            self.state_hash = self.store.state_hash
             self._loaded = True
         log.info("loaded version %d from %s", manifest.version, checkpoint)
+
+    def restore(self, fence: Fence) -> None:
+        """Take up what a former life of this shard has written down; without it the shard holds no state.
+
+        Called once, before anything else. What is held of the open step is told when the shard serves.
+        """
+        with self.lock:
+            self.protocol.adopt(fence)
+        found = self.journal.open()
+        if found is None:
+            return
+        restoration = Restoration(found, self.run, self.lineage, self.store, self.protocol, self._for_each)
+        try:
+            restoration.restore(self.config.checkpoint_dir)
+        except PsError as error:
+            log.warning("the journal %s is of no use: %s", found.folder, error.message)
+            self.store.clear()
+            with self.lock:
+                self.protocol.close()
+                self.protocol.restored(0, 0, self.protocol.loss_scale)
+            return
+        with self.lock:
+            self.state_hash = self.store.state_hash
+            self.has_state = True
+            self.journal.go_on(self.protocol.step - (not self.protocol.chunks_reduced))
+        metrics.STEP.set(self.protocol.step)
+        logs.bind(step=self.protocol.step)
+
+    def _for_each(self, work: Callable[[Chunk], None], chunks: Iterable[Chunk]) -> None:
+        """Do something with each chunk, on all threads; returns when all is done."""
+        for _ in self._pool.map(work, chunks):
+            pass
 
     def _quiesce(self) -> None:
         """Wait until no kernel and no snapshot touches the arrays any more.
@@ -196,27 +234,84 @@ class ShardEngine:
             raise WaitTimeout(
                 f"shard {self.shard}: its kernel threads are still busy after {QUIESCE_S:.0f} s"
             ) from None
-        self._await_snapshots(0)
-
-    def _await_snapshots(self, most: int) -> None:
-        """Wait until at most so many snapshots are on their way to the disk."""
-        while len(snapshots := self._snapshots) > most:
-            oldest = snapshots[0]
-            oldest.join(self.config.checkpoint.timeout_s)
-            with self.lock:
-                self._snapshots = [snapshot for snapshot in self._snapshots if snapshot is not oldest]
+        self._snapshots.wait(0, self.config.checkpoint.timeout_s)
 
     def serve(self, fence: Fence, step: int, applied: int, loss_scale: float) -> None:
         """Open for workers under this fence."""
         with self.lock:
-            self.protocol.adopt(fence)
+            self._adopt(fence)
+            before = self.protocol.loss_scale
+            takes_over = self.follower is not None
+            if takes_over:
+                failpoints.hit("promote.before")
             self.protocol.serve(step, applied, loss_scale)
+            if takes_over:
+                # From now on it is the shard; its journal begins with the next checkpoint.
+                self.follower = None
+                self.journal = make_journal(self.config, self.shard, self.store.num_elements)
+                failpoints.hit("promote.after")
             if self._loaded:
                 self.has_state, self._loaded = True, False
-            if self._prepared is not None:
-                self._prepared = None
+                self.journal.begin(self._base(), anew=True)
+            elif self.protocol.loss_scale != before:
+                self.journal.note(Reopened(step, loss_scale))
+            self._mirroring.forget_report()
             self._report_if_prepared()
             self._wake()
+
+    def _adopt(self, fence: Fence) -> None:
+        before = self.protocol.fence
+        self.protocol.adopt(fence)
+        if fence > before:
+            # The coordinator says anew who stands by.
+            self._mirroring.stop()
+
+    # -- Standby --------------------------------------------------------------------------------
+
+    def follow(self, fence: Fence, step: int, applied: int, loss_scale: float, keep: bool) -> None:
+        """Stand by for the shard of this index.
+
+        Args:
+            step: decided steps of the run; what the shard sends is of this version or later ones.
+            keep: what is held already counts.
+
+        Raises:
+            WaitTimeout: kernels are still at work.
+        """
+        with self.lock:
+            self._adopt(fence)
+            if keep and self.follower is not None:
+                return
+            if self.follower is not None:
+                self.follower.forget("its shard does not count on it")
+            # The shard writes it.
+            self.journal.close()
+            self.journal = NoJournal()
+            self.protocol.close()
+            self.has_state = self._loaded = False
+            self._last_applied = None
+            self._mirroring.forget_report()
+        self._quiesce()
+        with self.lock:
+            self.protocol.restored(step, applied, loss_scale)
+            self.follower = Follower(self)
+            self.opened.notify_all()
+
+    def replicate(self, greeting: Mirror, address: str, opener: Opener) -> None:
+        """Send to a standby what is reduced, and the state so far; an empty address: to none any more.
+
+        Raises:
+            StaleFence: the greeting's fence is not the present one.
+        """
+        with self.lock:
+            if greeting.fence != self.protocol.fence:
+                raise StaleFence(f"a standby under {greeting.fence}, where this shard is at {self.protocol.fence}")
+            self._mirroring.begin(greeting, address, opener)
+
+    def note_followed(self, applied: Applied) -> None:
+        """A decision was carried out on what a standby holds so far."""
+        self._last_applied = applied
+        self.outbox.applied(applied)
 
     # -- Frames ---------------------------------------------------------------------------------
 
@@ -242,7 +337,7 @@ class ShardEngine:
         with self.lock:
             if self.protocol.is_early(header):
                 # Its worker has every weight of the next version, and was faster than the decision that opens it.
-                self._opened.wait_for(lambda: not self.protocol.is_early(header), OPEN_S)
+                self.opened.wait_for(lambda: not self.protocol.is_early(header), OPEN_S)
             accepted = self.protocol.push(header, payload, payload_hash)
             if accepted.conflicting:
                 metrics.CONFLICTS.inc()
@@ -272,6 +367,9 @@ class ShardEngine:
             self.store.publish(chunk, self.store.encode(chunk, 0, 0))
             if self.protocol.initialized(chunk):
                 self.has_state = True
+                self.state_hash = self.store.state_hash
+                # Now, since gradients may come before the first checkpoint is asked for.
+                self.journal.begin(self._base(), anew=True)
                 self.outbox.initialized(self.protocol.fence, self.shard)
             self._wake()
         return False
@@ -289,6 +387,7 @@ class ShardEngine:
                 return
             if self.protocol.deciding is decision or self.protocol.step > before:
                 self.trace.add("wait for the decision", "wait", decision.step, self._prepared_ns, track="decision")
+                self.journal.note(Decided(decision, self.state_hash))
             self._submit_updates(decision, chunks)
             if self.protocol.step > before:
                 # Nothing is to be updated, or everything is.
@@ -314,10 +413,16 @@ class ShardEngine:
         if present is None:
             return
         with metrics.APPLY_SECONDS.time(), self.trace.span("apply", "apply", decision.step, chunk=chunk.index):
+            failpoints.hit("apply.before")
             published = self.store.apply(chunk, present, decision)
+            failpoints.hit("apply.after")
         metrics.APPLIED_ELEMENTS.inc(chunk.size)
+        mirrored = self._mirroring.copy(chunk, decision)
         with self.lock:
+            self._mirroring.send(chunk, mirrored)
+            failpoints.hit("publish.before")
             self.store.publish(chunk, published)
+            failpoints.hit("publish.after")
             closing = self.protocol.deciding
             if self.protocol.published(chunk) and closing is not None:
                 self._close_step(closing)
@@ -328,12 +433,12 @@ class ShardEngine:
         """Wait until a chunk may change; returns which of its runs do. None: it must not, by this decision."""
         while True:
             # A disk slower than the steps slows the steps down; it never piles up copies.
-            self._await_snapshots(MAX_SNAPSHOTS)
-            protected = self._snapshots
+            self._snapshots.wait(MAX_SNAPSHOTS, self.config.checkpoint.timeout_s)
+            protected = self._snapshots.pending
             for snapshot in protected:
                 snapshot.protect(chunk)
             with self.lock:
-                if any(snapshot not in protected for snapshot in self._snapshots):
+                if any(snapshot not in protected for snapshot in self._snapshots.pending):
                     # It was asked for meanwhile, of the state before this update.
                     continue
                 if not self.protocol.begin_update(chunk, decision):
@@ -345,13 +450,18 @@ class ShardEngine:
         """The decision is carried out; called with the lock held."""
         metrics.STEP.set(decision.version)
         logs.bind(step=decision.version)
-        self._prepared = None
+        self._mirroring.forget_report()
+        if self.follower is not None:
+            self.follower.advanced()
+        self.state_hash = self.store.state_hash
         self.store.close_step()
-        self._opened.notify_all()
-        if decision.snapshot:
-            self.snapshot(decision.version)
-        self._last_applied = Applied(self.protocol.fence, decision.step, self.shard, self.store.state_hash)
+        self.opened.notify_all()
+        if decision.snapshot and self.follower is None:
+            self.snapshot(decision.version, decision.fence)
+        self._last_applied = Applied(self.protocol.fence, decision.step, self.shard, self.state_hash)
+        failpoints.hit("applied.before")
         self.outbox.applied(self._last_applied)
+        failpoints.hit("applied.after")
         self._wake()
 
     def resend(self) -> None:
@@ -359,32 +469,36 @@ class ShardEngine:
         with self.lock:
             if self._last_applied is not None and self._last_applied.fence == self.protocol.fence:
                 self.outbox.applied(self._last_applied)
-            if self._prepared is not None:
-                self.outbox.prepared(self._prepared)
+            if self._mirroring.told is not None:
+                self.outbox.prepared(self._mirroring.told)
             if self.has_state and self.protocol.step == 0 and self.protocol.serving:
                 self.outbox.initialized(self.protocol.fence, self.shard)
 
     def resend_all(self) -> None:
         """After a new connection: everything, snapshots too."""
         self.resend()
-        with self.lock:
-            for target, result in self._results.values():
-                self.outbox.snapshot(target, result)
+        self._snapshots.tell_again()
 
     # -- Snapshots ------------------------------------------------------------------------------
 
-    def snapshot(self, version: int) -> None:
-        """Begin to write the present state; the result goes to the outbox. Lock held or not."""
+    def snapshot(self, version: int, fence: Fence | None = None) -> None:
+        """Begin to write the present state; the result goes to the outbox. Lock held or not.
+
+        Args:
+            fence: under which it was asked for, which the result names: one that was asked for before a new
+                coordinator emptied the folder is not there any more. None: the present one.
+
+        Raises:
+            StaleFence: the fence is older than the present one.
+            NotServing: the present state is not that version.
+        """
         with self.lock:
-            if not self.has_state or self.protocol.step != version or self.protocol.is_between:
+            fence = fence or self.protocol.fence
+            if fence < self.protocol.fence:
+                raise StaleFence(f"a checkpoint under {fence}, where this shard is at {self.protocol.fence}")
+            if not self._holds(version):
                 raise NotServing(f"shard {self.shard} is at version {self.protocol.step}, not {version}")
-            self._snapshots = [snapshot for snapshot in self._snapshots if not snapshot.join(0)]
-            if any(snapshot.target.version == version for snapshot in self._snapshots):
-                self._asked_again.add(version)
-                return
-            before = self._results.get(version)
-            if before is not None and _is_there(*before):
-                self.outbox.snapshot(*before)
+            if self._snapshots.knows(version, fence):
                 return
             target = SnapshotTarget(
                 checkpoint_folder(self.config.checkpoint_dir, version),
@@ -392,31 +506,18 @@ class ShardEngine:
                 self.shard,
                 self.plan.num_shards,
                 {"format": "windlass", "run": self.run, "version": str(version)},
+                fence,
             )
-            self._begin_snapshot(target)
+            self.journal.begin(self._base())
+            self._snapshots.begin(target)
 
-    def _begin_snapshot(self, target: SnapshotTarget) -> None:
-        snapshot = Snapshot(self.store, target, self._snapshot_ended)
-        self._snapshots = [*self._snapshots, snapshot]
-        snapshot.start()
+    def _holds(self, version: int) -> bool:
+        """Whether the state is that of a version, and of no other."""
+        return self.has_state and self.protocol.step == version and not self.protocol.is_between
 
-    def _snapshot_ended(self, target: SnapshotTarget, result: ShardFile | PsError) -> None:
-        with self.lock:
-            asked_again = target.version in self._asked_again
-            self._asked_again.discard(target.version)
-            unchanged = self.has_state and self.protocol.step == target.version and not self.protocol.is_between
-            if asked_again and unchanged and not _is_there(target, result):
-                # A new coordinator has emptied the folder under it.
-                self._begin_snapshot(target)
-                return
-        if isinstance(result, PsError):
-            log.error("the checkpoint of version %d could not be written: %s", target.version, result.message)
-            metrics.SNAPSHOT_FAILURES.inc()
-        with self.lock:
-            self._results = {**self._results, target.version: (target, result)}
-            for version in sorted(self._results)[:-MAX_SNAPSHOTS]:
-                del self._results[version]
-        self.outbox.snapshot(target, result)
+    def _base(self) -> Base:
+        """The present state, as a beginning."""
+        return Base(self.run, self.lineage, self.shard, self.plan.digest, self.protocol.step, self.state_hash)
 
     # -- Reduction ------------------------------------------------------------------------------
 
@@ -457,6 +558,8 @@ class ShardEngine:
                     self.store.square_sums(job.chunk),
                 )
                 metrics.REDUCED_ELEMENTS.inc(job.chunk.size)
+        if self.journal.is_on and not isinstance(job, FoldJob):
+            self._write_down(job, reduction)
         with self.lock:
             if not self.protocol.is_current(job, reduction):
                 return
@@ -465,21 +568,28 @@ class ShardEngine:
                 self._submit(following)
             if reduction.reduced:
                 reduction.finite = bool(np.isfinite(self.store.square_sums(job.chunk)).all())
+                self._mirroring.reduced(job.chunk)
             foregone = self.protocol.foregone
             self._report_if_prepared()
         if reduction.reduced and foregone is not None:
             # While what was reduced is still in the cache.
             self._apply(foregone, job.chunk)
 
-    def _report_if_prepared(self) -> None:
-        if self._prepared is None and self.protocol.serving and self.protocol.all_reduced:
-            if self.protocol.deciding is not None:
+    def _write_down(self, job: ReductionJob, reduction: ChunkReduction) -> None:
+        """Write what was reduced into the journal, before anybody hears of it and anything is updated by it."""
+        square_sums = tuple(map(float, self.store.square_sums(job.chunk)))
+        with self.lock:
+            if not self.protocol.is_current(job, reduction):
                 return
-            self._prepared_ns = time.monotonic_ns()
-            self._prepared = self.protocol.prepared(self.store.all_square_sums())
-            self.outbox.prepared(self._prepared)
+            record = self.protocol.record(job.chunk, square_sums)
+        with self.trace.span("write", "journal", record.step, chunk=record.chunk):
+            self.journal.note(record, self.store.mean(job.chunk))
 
-
-def _is_there(target: SnapshotTarget, result: ShardFile | PsError) -> bool:
-    """Whether a snapshot's file is still in its folder, which a new coordinator may have emptied."""
-    return isinstance(result, ShardFile) and (target.folder / result.name).is_file()
+    def _report_if_prepared(self) -> None:
+        if self._mirroring.has_report:
+            return
+        if not self.protocol.serving or not self.protocol.all_reduced or self.protocol.deciding is not None:
+            return
+        self._prepared_ns = time.monotonic_ns()
+        report = replace(self.protocol.prepared(self.store.all_square_sums()), journal_full=self.journal.is_full)
+        self._mirroring.report(report)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
+from ps import failpoints
 from ps.errors import ConflictingContribution, MalformedFrame, Refusal, StaleFence, VersionGone
 from ps.shard import metrics
 from ps.shard.engine import ShardEngine
@@ -128,7 +129,9 @@ class Exchange:
     def _acknowledge(self, header: Push, accepted: Accepted) -> None:
         # Once per contribution: nothing waits for a chunk's, and a small frame costs as much as 100 KB of a large one.
         if accepted.whole:
+            failpoints.hit("acknowledge.before")
             self._reply(Ack(header.step, header.contribution, -1))
+            failpoints.hit("acknowledge.after")
 
     def _chunk_bytes(self, index: int) -> int:
         engine = self._engine

@@ -21,6 +21,10 @@ APPLIED_ELEMENTS = Counter("windlass_applied_elements", "Elements that were upda
 KERNEL_THREADS = Gauge("windlass_kernel_threads", "Threads that run kernels")
 JOBS_WAITING = Gauge("windlass_kernel_jobs_waiting", "Kernel jobs that wait for a thread")
 SNAPSHOT_FAILURES = Counter("windlass_snapshot_failures", "Checkpoint files that could not be written")
+JOURNAL_ON = Gauge("windlass_journal_on", "1 while every step is written down, so that none is lost with this process")
+JOURNAL_BYTES = Gauge("windlass_journal_bytes", "Bytes of the journal's files")
+JOURNAL_FAILURES = Counter("windlass_journal_failures", "Times that the journal could not be written")
+REPLAYED_STEPS = Counter("windlass_replayed_steps", "Steps that were made again from the journal")
 
 # From the start at zero: the first one is an increase as well.
 for _outcome in ("held", "duplicate"):
@@ -34,12 +38,16 @@ __all__ = [
     "CONFLICTS",
     "ELEMENTS",
     "JOBS_WAITING",
+    "JOURNAL_BYTES",
+    "JOURNAL_FAILURES",
+    "JOURNAL_ON",
     "KERNEL_THREADS",
     "PUSHED_FRAMES",
     "RECEIVED_BYTES",
     "REDUCED_ELEMENTS",
     "REDUCE_SECONDS",
     "REFUSED_FRAMES",
+    "REPLAYED_STEPS",
     "SENT_BYTES",
     "SHARED_STREAMS",
     "SNAPSHOT_FAILURES",

@@ -24,6 +24,7 @@ from ps.errors import (
     WrongLength,
     WrongLossScale,
 )
+from ps.shard.records import Reduced
 from ps.shard.reduction import ChunkReduction, Held, Progress, ReductionJob
 from ps.sharding import Chunk, Plan
 from ps.types import ContributionReport, Decision, Fence, Prepared, WireDtype, slot_range
@@ -119,10 +120,19 @@ class StepProtocol:
                 f"shard {self.shard} holds version {self.step} ({self.applied} applied) and cannot open "
                 f"step {step} ({applied} applied)"
             )
+        if step > self.step and self.deciding is None and not self.all_reduced:
+            raise DecisionRejected(
+                f"shard {self.shard} holds version {self.step} of another past: it has {self.chunks_reduced} of "
+                f"{len(self._chunks)} chunks of the gradient that step {self.step} was decided from"
+            )
         if step == self.step and loss_scale != self.loss_scale:
-            self.loss_scale = loss_scale
-            self._reset()
+            self.reopen(loss_scale)
         self.serving = True
+
+    def reopen(self, loss_scale: float) -> None:
+        """Begin the open step again, whose gradients carry another loss scale from now on."""
+        self.loss_scale = loss_scale
+        self._reset()
 
     # -- Frames: what workers send --------------------------------------------------------------
 
@@ -228,6 +238,49 @@ class StepProtocol:
         """The report that the coordinator decides from."""
         reports = tuple(self._reports[c] for c in range(self.shape.contributions))
         return Prepared(self.fence, self.step, self.shard, square_sums, reports)
+
+    def take_reduced(
+        self, present: dict[int, int], finite: dict[int, bool], reports: tuple[ContributionReport, ...]
+    ) -> None:
+        """Take over, of every chunk, what another process has reduced of the open step.
+
+        Args:
+            present: by chunk, a bit per run that had a gradient.
+            finite: by chunk, whether it is without overflow.
+            reports: of all contributions.
+        """
+        for index, reduction in self._reductions.items():
+            # What their payloads hashed to is not known: whoever sends one again is believed.
+            unknown = dict.fromkeys(range(self.shape.contributions), b"")
+            reduction.restore(unknown, present[index], finite=finite[index])
+        self._reports = {report.contribution: report for report in reports}
+        self._chunks_held = [len(self._chunks)] * self.shape.contributions
+
+    def record(self, chunk: Chunk, square_sums: tuple[float, ...]) -> Reduced:
+        """What is written down of a chunk that is reduced."""
+        reduction = self._reductions[chunk.index]
+        present = reduction.present.to_bytes(chunk.presence_bytes, "little")
+        contributions = range(self.shape.contributions)
+        return Reduced(
+            self.step,
+            chunk.index,
+            self.loss_scale,
+            present,
+            square_sums,
+            tuple(self._reports[c] for c in contributions),
+            tuple(reduction.hashes[c] for c in contributions),
+        )
+
+    def restore(self, record: Reduced, *, finite: bool) -> bool:
+        """Hold a chunk as it was reduced when that was written down; False: it is not of the step that is open."""
+        reduction = self._reductions[self.owned(record.chunk).index]
+        if (record.step, record.loss_scale) != (self.step, self.loss_scale) or reduction.reduced:
+            return False
+        reduction.restore(dict(enumerate(record.hashes)), int.from_bytes(record.present, "little"), finite=finite)
+        for report in record.contributions:
+            self._reports.setdefault(report.contribution, report)
+            self._chunks_held[report.contribution] += 1
+        return True
 
     # -- Decision -------------------------------------------------------------------------------
 
@@ -339,6 +392,11 @@ class StepProtocol:
                 f"decision {decision.step} is another one than was foregone, by which chunks are updated already"
             )
 
+    def went_on(self, decision: Decision) -> None:
+        """A decision was carried out, by a standby that does not hold everything."""
+        self.deciding = decision
+        self._open_next()
+
     def restored(self, step: int, applied: int, loss_scale: float) -> None:
         """Take over the counters of a checkpoint that has been loaded."""
         self.step, self.applied, self.loss_scale = step, applied, loss_scale
@@ -379,7 +437,7 @@ class StepProtocol:
             raise WrongHash(f"chunk {chunk.index} of contribution {header.contribution} was damaged on its way")
 
     def _again(self, header: Push, first: bytes) -> Accepted:
-        conflicting = first != header.hash
+        conflicting = bool(first) and first != header.hash
         if conflicting and self.shape.strict:
             raise ConflictingContribution(
                 f"step {header.step}, contribution {header.contribution}, chunk {header.chunk} came before with "

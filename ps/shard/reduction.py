@@ -65,7 +65,7 @@ class ChunkReduction:
     exact: bool
     #: Told when the chunk is reduced.
     progress: Progress = field(default_factory=Progress)
-    #: Payload hash of every contribution that has come.
+    #: Payload hash of every contribution that has come; empty: not known.
     hashes: dict[int, bytes] = field(default_factory=dict)
     present: int = 0
     accumulator: np.ndarray | None = None
@@ -101,6 +101,12 @@ class ChunkReduction:
             self.progress.chunks_reduced += 1
             return None
         return self._next()
+
+    def restore(self, hashes: dict[int, bytes], present: int, *, finite: bool) -> None:
+        """Take it as reduced, as it was when somebody wrote that down."""
+        self.hashes, self.present = hashes, present
+        self.reduced, self.finite = True, finite
+        self.progress.chunks_reduced += 1
 
     @property
     def complete(self) -> bool:

@@ -10,13 +10,15 @@ from pathlib import Path
 import grpc
 
 from protos.ps.v1 import shard_pb2
+from ps import failpoints
 from ps.config import RunConfig, from_json
 from ps.errors import MismatchError, NotServing, PsError, StorageError
 from ps.shard import metrics, stream
 from ps.shard.engine import ShardEngine
 from ps.shard.exchange import Exchange
+from ps.shard.follower import FollowerStream
 from ps.storage.storage_proof import check_nonce
-from ps.types import Fence, ParameterTable
+from ps.types import Fence, ParameterTable, Role
 from ps.wire import frame
 from ps.wire.messages import State
 from ps.wire.proto import from_proto, to_proto
@@ -53,10 +55,17 @@ class ShardHost:
         with self._lock:
             fence = from_proto(Fence, request.fence)
             engine = self._engine_for(request, fence)
+            engine.lineage = request.lineage
             if request.action == shard_pb2.ConfigureRequest.LOAD:
                 self._load(engine, request, fence)
             elif request.action == shard_pb2.ConfigureRequest.SERVE:
                 engine.serve(fence, request.step, request.applied, request.loss_scale)
+                failpoints.enter(f"{Role.SHARD.value}-{self.index}")
+            elif request.action == shard_pb2.ConfigureRequest.FOLLOW:
+                failpoints.enter(f"{Role.STANDBY.value}-{self.index}")
+                failpoints.hit("follow.before")
+                engine.follow(fence, request.step, request.applied, request.loss_scale, request.keep)
+                failpoints.hit("follow.after")
             else:
                 engine.adopt(fence)
             return self._report(engine)
@@ -82,7 +91,10 @@ class ShardHost:
         self.engine = ShardEngine(
             config, request.run, table, self.index, request.contributions, max(1, request.shards_on_machine)
         )
+        self.engine.lineage = request.lineage
         self._on_engine(self.engine)
+        if request.action != shard_pb2.ConfigureRequest.FOLLOW:
+            self.engine.restore(fence)
         return self.engine
 
     def _load(self, engine: ShardEngine, request: shard_pb2.ConfigureRequest, fence: Fence) -> None:
@@ -93,7 +105,9 @@ class ShardHost:
             except StorageError as error:
                 raise MismatchError(error.message) from None
         checkpoint = folder / Path(request.checkpoint).name if request.checkpoint else None
+        failpoints.hit("load.before", request.checkpoint)
         engine.load(fence, checkpoint, request.manifest_sha256)
+        failpoints.hit("load.after", request.checkpoint)
 
     def _report(self, engine: ShardEngine) -> shard_pb2.ConfigureResponse:
         with engine.lock:
@@ -104,6 +118,8 @@ class ShardHost:
                 has_state=engine.has_state,
                 version=protocol.step,
                 applied=protocol.applied,
+                reduced=protocol.all_reduced,
+                state_hash=engine.state_hash if engine.has_state else 0,
             )
             if protocol.is_ahead and protocol.updated_by is not None:
                 response.updated_by.CopyFrom(to_proto(protocol.updated_by))
@@ -146,7 +162,7 @@ class ShardHost:
                 with engine.lock:
                     if engine.protocol.step != version or engine.protocol.is_between:
                         raise NotServing(f"version {version} was left while it was read; try again")
-                    encoded = frame.encode(State(version, chunk.index, name).pack(), array)
+                    encoded = frame.encode(State(version, chunk.index, name, engine.protocol.applied).pack(), array)
                 yield encoded
 
 
@@ -173,6 +189,7 @@ class ShardServicer:
                     shard_pb2.ShardStatusResponse.SerializeToString,
                 ),
                 "Exchange": grpc.stream_stream_rpc_method_handler(self._exchange),
+                "Replicate": grpc.stream_stream_rpc_method_handler(self._replicate),
                 "Snapshot": grpc.unary_stream_rpc_method_handler(self._snapshot, shard_pb2.SnapshotRequest.FromString),
             },
         )
@@ -207,3 +224,10 @@ class ShardServicer:
             yield from stream.serve(frames, context, exchange, self._host.ending)
         finally:
             self._host.count_stream(-1)
+
+    def _replicate(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        engine = self._host.engine
+        if engine is None:
+            abort(context, NotServing(f"the standby of shard {self._host.index} does not follow yet: try again"))
+            return
+        yield from stream.serve(frames, context, FollowerStream(engine, self._host.incarnation), self._host.ending)

@@ -20,6 +20,7 @@ from ps.pages import float32_zeros
 from ps.shard.store import Store
 from ps.sharding import Chunk
 from ps.storage.shard_file import ShardFile, ShardFileWriter, chunk_name
+from ps.types import Fence
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ class SnapshotTarget:
     shard: int
     num_shards: int
     metadata: dict[str, str]
+    #: Under which it was asked for.
+    fence: Fence
 
 
 class Snapshot:

@@ -54,7 +54,7 @@ def read(frames: Iterator[bytes], talk: Talk, ending: threading.Event) -> None:
         talk.close()
         # A worker may hear before this shard does that the run is over.
         if not ending.wait(END_S):
-            log.info("a worker's stream broke, or its worker has left")
+            log.info("a stream broke, or who called has left")
     except Exception:
         log.exception("a stream's reader failed; the stream is closed")
     finally:

@@ -6,8 +6,8 @@ The digest of a state is in `ps.storage.digest`, which is a module here and not 
 from ps.storage.files import fsync_directory, make_directory, remove_tree, sweep, write_atomic
 from ps.storage.journal import Journal
 from ps.storage.layout import checkpoint_folder, checkpoints, newest, prepare, retain, version_of
-from ps.storage.manifest import MANIFEST_NAME, Manifest, ScalerState, is_whole, read_manifest, write_manifest
-from ps.storage.reader import CheckpointReader
+from ps.storage.manifest import MANIFEST_NAME, Manifest, ScalerState, read_manifest, write_manifest
+from ps.storage.reader import CheckpointReader, verify
 from ps.storage.shard_file import WEIGHTS, ShardFile, ShardFileWriter, chunk_name, shard_file_name
 from ps.storage.storage_proof import check_nonce, remove_nonce, write_nonce
 
@@ -25,7 +25,6 @@ __all__ = [
     "checkpoints",
     "chunk_name",
     "fsync_directory",
-    "is_whole",
     "make_directory",
     "newest",
     "prepare",
@@ -35,6 +34,7 @@ __all__ = [
     "retain",
     "shard_file_name",
     "sweep",
+    "verify",
     "version_of",
     "write_atomic",
     "write_manifest",

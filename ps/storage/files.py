@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from ps import failpoints
 from ps.errors import StorageError
 
 #: Ends the name of every file that a killed writer may leave behind; `sweep` removes them.
 TEMPORARY_SUFFIX = ".windlass-tmp"
+#: For so long what must not fail waits for room on a full disk, and how often it looks.
+ROOM_S, ROOM_POLL_S = 5.0, 0.02
 
 
 def reason(error: OSError) -> str:
@@ -42,6 +47,8 @@ class AtomicFile:
             OSError: the caller says what the file is for.
         """
         self.path = path
+        #: What failpoints are told that this is about.
+        self._about = f"{path.parent.name}/{path.name}"
         self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         self._fd: int | None = os.open(self._temporary, flags, mode)
@@ -52,7 +59,9 @@ class AtomicFile:
         Raises:
             OSError: as from the operating system; call `abort`.
         """
+        failpoints.hit("write.before", self._about)
         write_all(self._open_fd(), data)
+        failpoints.hit("write.after", self._about)
 
     def commit(self) -> None:
         """Put the file on disk under its own name.
@@ -61,10 +70,14 @@ class AtomicFile:
             OSError: it may or may not have its own name by now; call `abort`.
         """
         fd = self._open_fd()
+        failpoints.hit("fsync.before", self._about)
         os.fsync(fd)
+        failpoints.hit("fsync.after", self._about)
         self._fd = None
         os.close(fd)
+        failpoints.hit("rename.before", self._about)
         self._temporary.replace(self.path)
+        failpoints.hit("rename.after", self._about)
         fsync_directory(self.path.parent)
 
     def abort(self) -> None:
@@ -95,6 +108,26 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
     rest = memoryview(data).cast("B")
     while rest:
         rest = rest[os.write(fd, rest) :]
+
+
+def append_all(fd: int, data: bytes, end: int, timeout_s: float = ROOM_S) -> None:
+    """Append all of `data` to a file of `end` bytes, or nothing; on a full disk, wait for room.
+
+    A checkpoint that does not fit fills the disk for a moment: it is given up, and then there is room again.
+
+    Raises:
+        OSError: as from the operating system; the file is as it was, or ends in a part of `data`.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            write_all(fd, data)
+            return
+        except OSError as error:
+            os.ftruncate(fd, end)
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or time.monotonic() > deadline:
+                raise
+            time.sleep(ROOM_POLL_S)
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o666) -> None:

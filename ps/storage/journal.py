@@ -10,7 +10,6 @@ else that cannot be read is damage, and never skipped over.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import logging
 import os
@@ -21,9 +20,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from ps import failpoints
 from ps.errors import JournalDamaged, StorageError, WaitTimeout
 from ps.storage import segment
-from ps.storage.files import AtomicFile, make_directory, reason, sweep, write_all
+from ps.storage.files import AtomicFile, append_all, make_directory, reason, sweep
 from ps.storage.segment import Record
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,19 @@ SYNC_TIMEOUT_S = 60.0
 def segment_path(folder: Path, term: int) -> Path:
     """Where the records of a term are."""
     return folder / f"term-{term:06d}.log"
+
+
+def read(folder: Path) -> list[Record]:
+    """Return the records of all terms, of a journal that its coordinator may be writing: a torn tail is left out.
+
+    Raises:
+        JournalDamaged: a record before the tail cannot be read; names file and offset.
+        StorageError: the folder cannot be read.
+    """
+    try:
+        return _read(folder, settle=False)[0]
+    except OSError as error:
+        raise StorageError(f"the journal {folder} cannot be read: {reason(error)}") from error
 
 
 class Journal:
@@ -75,7 +88,7 @@ class Journal:
         lock_fd = _lock(folder)
         try:
             sweep(folder)
-            records, terms = _read(folder)
+            records, terms = _read(folder, settle=True)
         except OSError as error:
             os.close(lock_fd)
             raise StorageError(f"the journal {folder} cannot be read: {reason(error)}") from error
@@ -121,6 +134,8 @@ class Journal:
             record: a map with a text under "type".
             sync: return only when it is on disk.
 
+        On a full disk it waits a while for room.
+
         Raises:
             StorageError: nothing of the record is kept, and the journal is unusable from now on.
             WaitTimeout: `sync` took too long; the record is written.
@@ -132,15 +147,14 @@ class Journal:
             if self._fd is None:
                 raise ValueError("begin_term comes before the first record")
             try:
-                write_all(self._fd, data)
+                failpoints.hit("journal.append.before", record["type"])
+                append_all(self._fd, data, self._end)
             except OSError as error:
-                # Half a record would be cut at the next start all the same; this is tidier.
-                with contextlib.suppress(OSError):
-                    os.ftruncate(self._fd, self._end)
                 path = segment_path(self.folder, self.term)
                 raise self._fail(f"{path} cannot be written: {reason(error)}") from error
             self._end += len(data)
             self._sequence += 1
+            failpoints.hit("journal.append.after", record["type"])
             self._changed.notify_all()
             if sync:
                 self._wait_synced(SYNC_TIMEOUT_S)
@@ -210,8 +224,11 @@ class Journal:
                 if self._failure is not None or self._sequence == self._synced or self._fd is None:
                     return
                 target, fd = self._sequence, self._fd
+            name = f"{self.folder.name}/{segment_path(self.folder, self.term).name}"
             try:
+                failpoints.hit("fsync.before", name)
                 os.fsync(fd)
+                failpoints.hit("fsync.after", name)
             except OSError as error:
                 # The kernel may have dropped the pages: a second fsync would succeed and lie.
                 with self._changed:
@@ -261,8 +278,12 @@ def _lock(folder: Path) -> int:
     return fd
 
 
-def _read(folder: Path) -> tuple[list[Record], int]:
-    """Return the records of all segments and the number of terms."""
+def _read(folder: Path, settle: bool) -> tuple[list[Record], int]:
+    """Return the records of all segments and the number of terms.
+
+    Args:
+        settle: cut a torn tail, and have the last segment on disk.
+    """
     terms = sorted(int(m[1]) for entry in folder.iterdir() if (m := _SEGMENT_NAME.fullmatch(entry.name)))
     for expected, term in enumerate(terms, 1):
         if term != expected:
@@ -272,15 +293,19 @@ def _read(folder: Path) -> tuple[list[Record], int]:
             )
     records: list[Record] = []
     for term in terms:
-        records.extend(_read_segment(segment_path(folder, term), term, len(records), term == terms[-1]))
+        path, last = segment_path(folder, term), term == terms[-1]
+        data = path.read_bytes()
+        found = _scan_segment(path, data, term, len(records), last)
+        if settle and last:
+            _settle(path, len(data), found)
+        records.extend(found.records)
     return records, len(terms)
 
 
 _WAY_OUT = "restore it, or move the journal folder away and resume from a checkpoint"
 
 
-def _read_segment(path: Path, term: int, sequence: int, last: bool) -> tuple[Record, ...]:
-    data = path.read_bytes()
+def _scan_segment(path: Path, data: bytes, term: int, sequence: int, last: bool) -> segment.Scan:
     found = segment.scan(data, sequence)
     # The first record was on disk before the segment had its name: without it, nothing was torn.
     if not found.records or found.records[0] != {"type": "term", "term": term}:
@@ -289,9 +314,7 @@ def _read_segment(path: Path, term: int, sequence: int, last: bool) -> tuple[Rec
         )
     if found.problem is not None and (not last or found.more):
         raise JournalDamaged(f"{path}, offset {found.end}: {found.problem}; {_WAY_OUT}")
-    if last:
-        _settle(path, len(data), found)
-    return found.records
+    return found
 
 
 def _settle(path: Path, size: int, found: segment.Scan) -> None:

@@ -10,11 +10,14 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
+from ps import failpoints
 from ps.errors import CheckpointWriteFailed, StorageError
 from ps.storage.files import fsync_directory, make_directory, reason, remove_tree
-from ps.storage.manifest import MANIFEST_NAME, is_whole
+from ps.storage.manifest import MANIFEST_NAME
+from ps.storage.reader import verify
 
 logger = logging.getLogger(__name__)
 
@@ -68,15 +71,18 @@ def newest(checkpoint_dir: Path) -> Path | None:
     return next(reversed(checkpoints(checkpoint_dir)), None)
 
 
-def retain(checkpoint_dir: Path, keep: int, newest: int | None = None) -> list[Path]:
+def retain(checkpoint_dir: Path, keep: int, newest: int | None = None, writing: Collection[int] = ()) -> list[Path]:
     """Remove all but the newest `keep` complete checkpoints, and incomplete older ones.
 
     Those of versions after `newest` neither count nor go: a rollback has passed them, perhaps because
     they are damaged, and they will be written again.
 
-    When none of those has all its files, the newest that has them is kept as well. A folder that
-    cannot be removed is logged and left. Call it when no checkpoint is being written, apart from
-    one that is newer than all that are complete.
+    Before anything is removed one of those that stay is read and found good. When none is, the newest
+    good one is kept as well: the last good one is never removed. A folder that cannot be removed is
+    logged and left.
+
+    Args:
+        writing: versions that are still being written; one that is newer than all that are complete need not be named.
 
     Returns:
         The folders that were removed, the oldest first.
@@ -90,12 +96,14 @@ def retain(checkpoint_dir: Path, keep: int, newest: int | None = None) -> list[P
     complete = [folder for folder in folders if _is_complete(folder)]
     if not complete:
         return []
-    kept = set(complete[-keep:])
-    if not any(is_whole(folder) for folder in kept):
-        kept.update([folder for folder in complete if is_whole(folder)][-1:])
+    kept = complete[-keep:]
+    going = [folder for folder in folders[: folders.index(complete[-1])] if folder not in kept]
+    if going and not any(_is_good(folder) for folder in reversed(kept)):
+        good = next((folder for folder in reversed(complete[:-keep]) if _is_good(folder)), None)
+        going = [folder for folder in going if folder != good]
     removed = []
-    for folder in folders[: folders.index(complete[-1])]:
-        if folder in kept:
+    for folder in going:
+        if _version(folder) in writing:
             continue
         try:
             _remove(folder)
@@ -109,11 +117,22 @@ def _remove(folder: Path) -> None:
     """Remove a checkpoint; from the first moment on it is none."""
     try:
         if folder.is_dir() and not folder.is_symlink():
+            failpoints.hit("remove.before", folder.name)
             (folder / MANIFEST_NAME).unlink(missing_ok=True)
             fsync_directory(folder)
+            failpoints.hit("remove.after", folder.name)
     except OSError as error:
         raise StorageError(f"{folder} cannot be removed: {reason(error)}") from error
     remove_tree(folder)
+
+
+def _is_good(folder: Path) -> bool:
+    try:
+        verify(folder)
+    except StorageError as error:
+        logger.error("the checkpoint %s is not good, an older one stays for it: %s", folder.name, error)
+        return False
+    return True
 
 
 def _version(folder: Path) -> int:

@@ -1,4 +1,7 @@
-"""The manifest: what a checkpoint is, as JSON, written last. A checkpoint exists when it does."""
+"""The manifest: what a checkpoint is, as JSON, written last. A checkpoint exists when it does.
+
+It names the SHA-256 of every file, and ends with its own: not one flipped bit of a checkpoint is taken for data.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ps import failpoints
 from ps.errors import CheckpointDamaged, CheckpointNotFound, CheckpointWriteFailed, StorageError
 from ps.storage.files import reason, write_atomic
 from ps.storage.shard_file import ShardFile
@@ -17,10 +21,12 @@ from ps.types import ParameterTable, TensorSpec
 
 MANIFEST_NAME = "manifest.json"
 #: Counts up when a manifest or its files change in a way that older readers would get wrong.
-FORMAT = 1
+FORMAT = 2
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_END = b"\n}\n"
+_SEAL = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n}\n\Z')
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> str:
         decode(data, path)
         for file in manifest.files:
             _check_size(folder, file)
+        failpoints.hit("manifest.before", folder.name)
         write_atomic(path, data)
-    except StorageError as error:
+        failpoints.hit("manifest.after", folder.name)
+    except (StorageError, OSError) as error:
         raise CheckpointWriteFailed(f"the checkpoint {folder} is not complete: {error}") from error
     return hashlib.sha256(data).hexdigest()
 
@@ -104,17 +112,6 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {reason(error)}") from error
     return decode(data, path), hashlib.sha256(data).hexdigest()
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether a checkpoint has a manifest and files of the right sizes; digests are not checked."""
-    try:
-        manifest, _ = read_manifest(folder)
-        for file in manifest.files:
-            _check_size(folder, file)
-    except StorageError:
-        return False
-    return True
 
 
 def _check_size(folder: Path, file: ShardFile) -> None:
@@ -159,7 +156,12 @@ def encode(manifest: Manifest) -> bytes:
         "table": [[t.name, list(t.shape), t.group] for t in manifest.table.tensors],
         "job": manifest.job,
     }
-    return json.dumps(fields, indent=1, allow_nan=False).encode() + b"\n"
+    return seal(json.dumps(fields, indent=1, allow_nan=False).encode() + b"\n")
+
+
+def seal(text: bytes) -> bytes:
+    """Add the SHA-256 of a JSON object of several lines to it, as its last field."""
+    return text.removesuffix(_END) + b',\n "sha256": "' + hashlib.sha256(text).hexdigest().encode() + b'"' + _END
 
 
 def decode(data: bytes, path: Path) -> Manifest:
@@ -172,7 +174,9 @@ def decode(data: bytes, path: Path) -> Manifest:
         CheckpointDamaged: names `path` and the reason.
     """
     try:
-        return _decode(data, path.parent.name)
+        fields = _parse(data)
+        _check_seal(data)
+        return _decode(fields, path.parent.name)
     except _Wrong as error:
         raise CheckpointDamaged(f"{path}: {error}") from None
 
@@ -217,13 +221,26 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def _decode(data: bytes, folder: str) -> Manifest:
+def _parse(data: bytes) -> _Fields:
     try:
         fields = _Fields(json.loads(data), "the manifest")
     except (ValueError, RecursionError) as error:
         raise _Wrong(f"not JSON ({error})") from None
     if (number := fields.get("format", int)) != FORMAT:
         raise _Wrong(f"format {number}; this version of Windlass reads format {FORMAT}: use the one that wrote it")
+    return fields
+
+
+def _check_seal(data: bytes) -> None:
+    found = _SEAL.search(data)
+    if found is None:
+        raise _Wrong("'sha256' is missing at its end")
+    sha256 = hashlib.sha256(data[: found.start()] + _END).hexdigest()
+    if sha256 != found[1].decode():
+        raise _Wrong(f"it has the SHA-256 {sha256} instead of {found[1].decode()}")
+
+
+def _decode(fields: _Fields, folder: str) -> Manifest:
     scaler = _Fields(fields.get("scaler", dict), "'scaler'")
     manifest = Manifest(
         version=fields.count("version"),

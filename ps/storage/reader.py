@@ -15,7 +15,7 @@ import numpy as np
 from ps.errors import CheckpointDamaged, ConfigError, MismatchError, StorageError
 from ps.sharding import Plan, make_plan
 from ps.storage.files import reason
-from ps.storage.manifest import Manifest
+from ps.storage.manifest import Manifest, read_manifest
 from ps.storage.shard_file import (
     WEIGHTS,
     Float32,
@@ -122,6 +122,20 @@ class CheckpointReader:
             if shard not in self._open:
                 self._open[shard] = ShardFileReader(self.folder / self.manifest.files[shard].name)
             return self._open[shard]
+
+
+def verify(folder: Path) -> Manifest:
+    """Check every byte of a checkpoint: its manifest, and its files by size and SHA-256. Reads it whole.
+
+    Raises:
+        CheckpointNotFound: the folder is not a complete checkpoint.
+        CheckpointDamaged: names the file and what is wrong with it; use another checkpoint.
+        StorageError: a file cannot be read.
+    """
+    manifest, _ = read_manifest(folder)
+    with CheckpointReader(folder, manifest) as reader:
+        reader.verify()
+    return manifest
 
 
 def _plan_of(folder: Path, manifest: Manifest) -> Plan:

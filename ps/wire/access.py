@@ -11,12 +11,12 @@ import grpc
 
 from ps.errors import AccessDenied
 from ps.types import Role
-from ps.wire.security import CLIENT, role_of
+from ps.wire.security import CLIENT, PROCESSES, role_of
 from ps.wire.status import abort
 
 log = logging.getLogger(__name__)
 
-_ANY = frozenset({*Role, CLIENT})
+_ANY = frozenset({*PROCESSES, CLIENT})
 _MEMBER = frozenset({Role.SHARD, Role.WORKER})
 
 #: Service or method -> the roles that may call it. What is not here nobody may call.
@@ -29,6 +29,7 @@ MAY_CALL: dict[str, frozenset[str]] = {
     "/windlass.ps.v1.Coordinator/Status": _ANY,
     "/windlass.ps.v1.Shard/Configure": frozenset({Role.COORDINATOR}),
     "/windlass.ps.v1.Shard/Exchange": frozenset({Role.WORKER}),
+    "/windlass.ps.v1.Shard/Replicate": frozenset({Role.SHARD}),
     "/windlass.ps.v1.Shard/Snapshot": frozenset({Role.COORDINATOR}),
     "/windlass.ps.v1.Shard/Status": _ANY,
     "/grpc.health.v1.Health": _ANY,

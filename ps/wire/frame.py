@@ -42,11 +42,13 @@ def _prefix(header: Mapping[str, Any], payload_bytes: int) -> bytes:
     tail = bytes((_PAYLOAD_TAG,)) + _varint(payload_bytes)
     # The pad is the last field: its length is the last byte, and its bytes follow. The header's own length counts too.
     packed = msgpack.packb({**header, _PAD: b""})
-    for pad in range(2 * _ALIGNMENT):
-        head = bytes((_HEADER_TAG,)) + _varint(len(packed) + pad)
-        if (len(head) + len(packed) + pad + len(tail)) % _ALIGNMENT == 0:
-            return b"".join((head, packed[:-1], bytes((pad,)), bytes(pad), tail))
-    raise AssertionError("some pad of 0..31 bytes always aligns")
+    for length_bytes in range(1, 4):
+        least = -(1 + length_bytes + len(packed) + len(tail)) % _ALIGNMENT
+        for pad in (least, least + _ALIGNMENT):
+            head = bytes((_HEADER_TAG,)) + _varint(len(packed) + pad)
+            if len(head) == 1 + length_bytes:
+                return b"".join((head, packed[:-1], bytes((pad,)), bytes(pad), tail))
+    raise AssertionError("a header is smaller than 2 MiB, and some pad of 0..31 bytes always aligns")
 
 
 def encode(header: Mapping[str, Any], payload: bytes | memoryview | np.ndarray = b"") -> bytes:

@@ -211,15 +211,82 @@ class Refused(Header):
 
 @dataclass(frozen=True)
 class State(Header):
-    """One array of one chunk in FP32, as the Snapshot call sends it."""
+    """One array of one chunk in FP32, as the Snapshot call sends it, and a shard to its standby."""
 
     kind = "state"
     version: int
     chunk: int
     #: "weights", or an array of the optimizer.
     array: str
+    #: Committed steps in it.
+    applied: int
 
 
+@dataclass(frozen=True)
+class Mirror(Header):
+    """First frame of a shard's stream to its standby. What comes after it belongs to this fence."""
+
+    kind = "mirror"
+    run: str
+    plan: str
+    term: int
+    epoch: int
+    #: Whose process calls, and which one is meant to be called.
+    shard: int
+    incarnation: int
+    standby: int
+
+    @property
+    def fence(self) -> Fence:
+        return Fence(self.term, self.epoch)
+
+
+@dataclass(frozen=True)
+class Mirrored(Header):
+    """The answer to Mirror: what the standby holds."""
+
+    kind = "mirrored"
+    #: Decided steps, as far as it has heard.
+    step: int
+    #: One bit per chunk of the shard, least significant first: its state is held, as of this step or the next.
+    filled: bytes
+    #: The same for what is reduced of the open step.
+    reduced: bytes
+
+
+@dataclass(frozen=True)
+class Reduced(Header):
+    """What is reduced of one chunk: the mean gradient in FP32 is the payload."""
+
+    kind = "reduced"
+    step: int
+    chunk: int
+    #: One bit per run of the chunk, least significant first: it had a gradient in any contribution.
+    present: bytes
+    #: The sum of squares of each of its segments, float64.
+    squares: bytes
+
+
+@dataclass(frozen=True)
+class StepReduced(Header):
+    """Everything of a step has been sent; the payload is a msgpack list of contributions."""
+
+    kind = "step_reduced"
+    step: int
+
+
+@dataclass(frozen=True)
+class Covered(Header):
+    """The answer to StepReduced: all of it is held."""
+
+    kind = "covered"
+    step: int
+    #: The state of every chunk is held as well: this standby could take over.
+    whole: bool
+
+
+_TO_STANDBY: dict[str, type[Header]] = {cls.kind: cls for cls in (Mirror, State, Reduced, StepReduced)}
+_FROM_STANDBY: dict[str, type[Header]] = {cls.kind: cls for cls in (Mirrored, Covered, Refused)}
 _TO_SHARD: dict[str, type[Header]] = {cls.kind: cls for cls in (Hello, Attach, Push, PushPlaced, Initialize, Pull)}
 _TO_WORKER: dict[str, type[Header]] = {cls.kind: cls for cls in (Welcome, Ack, Weights, Placed, Unchanged, Refused)}
 
@@ -259,7 +326,8 @@ _ROWS: dict[type[Header], tuple[Callable[[Any], bool], ...]] = {
 #: By kind: name, check and what is wanted of each field.
 _LAYOUTS = {
     cls: [(field.name, *(_FIELD_CHECKS.get(field.name) or _CHECKS[str(field.type)])) for field in fields(cls)]
-    for cls in (*_TO_SHARD.values(), *_TO_WORKER.values())
+    for kinds in (_TO_SHARD, _TO_WORKER, _TO_STANDBY, _FROM_STANDBY)
+    for cls in kinds.values()
 }
 _PUSH_COMMON = [field.name for field in fields(Push) if field.name not in ("chunk", "hash", "present")]
 
@@ -302,3 +370,21 @@ def parse_to_worker(header: dict[str, Any]) -> Welcome | Ack | Weights | Placed 
         MalformedFrame: an unknown kind, or a field that is missing or of a wrong type.
     """
     return _parse(_TO_WORKER, header)  # type: ignore[return-value]
+
+
+def parse_to_standby(header: dict[str, Any]) -> Mirror | State | Reduced | StepReduced:
+    """Read a header that a shard sent to its standby.
+
+    Raises:
+        MalformedFrame: an unknown kind, or a field that is missing or of a wrong type.
+    """
+    return _parse(_TO_STANDBY, header)  # type: ignore[return-value]
+
+
+def parse_from_standby(header: dict[str, Any]) -> Mirrored | Covered | Refused:
+    """Read a header that a standby sent to its shard.
+
+    Raises:
+        MalformedFrame: an unknown kind, or a field that is missing or of a wrong type.
+    """
+    return _parse(_FROM_STANDBY, header)  # type: ignore[return-value]

@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ps.errors import ConfigError, HandshakeFailed, PeerUnavailable, PsError, StartupError
 from ps.types import Role
 from ps.wire.options import open_channel
-from ps.wire.security import CLIENT, PLAIN, Security, load_security
+from ps.wire.security import CLIENT, PLAIN, PROCESSES, Security, load_security
 from ps.wire.status import error_of
 
 TIMEOUT_S = 5.0
@@ -63,7 +63,7 @@ def _identity(certificates: Path | None) -> tuple[Security, str]:
     """The certificate in a folder, whichever role's it is; a client's where there are several."""
     if certificates is None:
         return PLAIN, CLIENT
-    for role in (CLIENT, *Role):
+    for role in (CLIENT, *PROCESSES):
         try:
             return load_security(certificates, False, role), role
         except StartupError:

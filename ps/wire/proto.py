@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import is_dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from google.protobuf.message import Message
@@ -21,53 +22,70 @@ _MESSAGES: dict[type, Any] = {
 
 Value = TypeVar("Value")
 
+#: Of a field: its name, the dataclass that it or each of its items is (None: neither is one), and whether it has items.
+Layout = tuple[str, Any, bool]
+
+
+_LAYOUTS: dict[type, list[Layout]] = {}
+
+
+def _layout(cls: type) -> list[Layout]:
+    """A dataclass's fields. Their types are compiled from text, which takes far longer than all the rest."""
+    if cls in _LAYOUTS:
+        return _LAYOUTS[cls]
+    found = _LAYOUTS[cls] = []
+    for name, hint in get_type_hints(cls).items():
+        arguments = get_args(hint)
+        inner = arguments[0] if arguments else hint
+        found.append((name, inner if is_dataclass(inner) else None, bool(arguments)))
+    return found
+
 
 def to_proto(value: Any) -> Any:
     """Turn a dataclass of `ps.types` into its protobuf message."""
     message = _MESSAGES[type(value)]()
-    for field in fields(value):
-        content = getattr(value, field.name)
-        if is_dataclass(content):
-            getattr(message, field.name).CopyFrom(to_proto(content))
-        elif isinstance(content, tuple):
-            getattr(message, field.name).extend(to_proto(c) if is_dataclass(c) else c for c in content)
+    for name, inner, several in _layout(type(value)):
+        content = getattr(value, name)
+        if several:
+            getattr(message, name).extend(map(to_proto, content) if inner else content)
+        elif inner:
+            getattr(message, name).CopyFrom(to_proto(content))
         else:
-            setattr(message, field.name, content)
+            setattr(message, name, content)
     return message
 
 
 def from_proto(cls: type[Value], message: Message) -> Value:
     """The reverse of `to_proto`."""
-    hints = get_type_hints(cls)
-    return cls(**{name: _value(hint, getattr(message, name)) for name, hint in hints.items()})
+    return cls(**_values(cls, lambda name: getattr(message, name), from_proto))
 
 
-def to_record(value: Any) -> Any:
+def to_record(value: Any) -> dict[str, Any]:
     """Turn a dataclass into plain maps and lists, for a journal."""
-    if is_dataclass(value):
-        return {field.name: to_record(getattr(value, field.name)) for field in fields(value)}
-    return [to_record(item) for item in value] if isinstance(value, tuple) else value
+    record: dict[str, Any] = {}
+    for name, inner, several in _layout(type(value)):
+        content = getattr(value, name)
+        if several:
+            content = [to_record(item) for item in content] if inner else list(content)
+        elif inner:
+            content = to_record(content)
+        record[name] = content
+    return record
 
 
 def from_record(cls: type[Value], record: dict[str, Any]) -> Value:
     """The reverse of `to_record`."""
-    hints = get_type_hints(cls)
-    return cls(**{name: _plain(hint, record[name]) for name, hint in hints.items()})
+    return cls(**_values(cls, record.__getitem__, from_record))
 
 
-def _value(hint: Any, content: Any) -> Any:
-    if is_dataclass(hint):
-        return from_proto(hint, content)  # type: ignore[arg-type]
-    if get_args(hint):
-        item = get_args(hint)[0]
-        return tuple(_value(item, c) for c in content)
-    return content
-
-
-def _plain(hint: Any, content: Any) -> Any:
-    if is_dataclass(hint):
-        return from_record(hint, content)  # type: ignore[arg-type]
-    if get_args(hint):
-        item = get_args(hint)[0]
-        return tuple(_plain(item, c) for c in content)
-    return content
+def _values(cls: type, content_of: Callable[[str], Any], make: Callable[[Any, Any], Any]) -> dict[str, Any]:
+    """A dataclass's fields, from what is elsewhere under their names."""
+    values = {}
+    for name, inner, several in _layout(cls):
+        content = content_of(name)
+        if several:
+            content = tuple([make(inner, item) for item in content] if inner else content)
+        elif inner:
+            content = make(inner, content)
+        values[name] = content
+    return values

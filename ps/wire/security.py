@@ -22,7 +22,9 @@ log = logging.getLogger(__name__)
 
 #: The role of people and their tools: it may ask, and change nothing.
 CLIENT = "client"
-ROLES = (*map(str, Role), CLIENT)
+#: The roles of processes that have certificates: a standby is a shard until it is needed, and shows a shard's.
+PROCESSES = (Role.COORDINATOR, Role.SHARD, Role.WORKER)
+ROLES = (*map(str, PROCESSES), CLIENT)
 #: The files of a certificate's folder.
 CA_FILE, CERTIFICATE_FILE, KEY_FILE = "ca.pem", "cert.pem", "key.pem"
 #: A certificate that ends sooner is worth a warning at every start.

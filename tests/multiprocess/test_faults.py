@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from ps import failpoints
 from ps.config import RunConfig, from_json
+from ps.coordinator.actions import MembersChanged
 from ps.coordinator.app import CoordinatorApp
+from ps.errors import StorageError
 from tests.support.cluster import make_job, train, write_text
 
 
@@ -36,3 +41,23 @@ def test_the_job_that_is_handed_out_has_the_journaled_contributions(tmp_path: Pa
         finally:
             app._journal.close()
         assert handed_out["batch"]["contributions_per_step"] == 4
+
+
+def test_a_list_of_members_that_cannot_be_written_does_not_end_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = tmp_path / "text.txt"
+    text.touch()
+    job = make_job(tmp_path / "run", text, [])
+    full = failpoints.Failpoints("write.before~run/cluster.json:error=ENOSPC")
+    full.enter("coordinator-0")
+    app = CoordinatorApp(from_json(RunConfig, job.model_dump_json()), job.model_dump_json(), "127.0.0.1:0")
+    try:
+        monkeypatch.setattr(failpoints, "hit", full.hit)
+        app._effects.carry_out([MembersChanged()])
+        assert "cluster.json cannot be written: No space left on device" in caplog.text
+        # At the start it does: nobody could find the coordinator.
+        with pytest.raises(StorageError):
+            app._effects.members_changed()
+    finally:
+        app._journal.close()

@@ -10,8 +10,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import windlass
+from ps import failpoints
+from ps.wire import session
 from ps.wire.health import Health
 from ps.wire.options import bind, make_server, open_channel
+from tests.support import kneading
 from tests.support.eventually import eventually
 from windlass.testing import LocalCluster
 
@@ -28,6 +31,16 @@ def test_a_client_that_is_closed_has_left_and_was_not_lost(tmp_path: Path) -> No
         log = tmp_path / "run" / "logs" / "coordinator-0.log"
         eventually(lambda: log.read_text().count("left") >= 4, 10.0, "four workers to leave")
         assert "broke its connection" not in log.read_text()
+
+
+def test_who_comes_back_late_hears_of_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A coordinator that died in the last step has little left to do when it is back."""
+    monkeypatch.setenv(failpoints.VARIABLE, f"coordinator/record.after~step:kill@{kneading.STEPS}")
+    # The rest of the run takes less.
+    monkeypatch.setattr(session, "BACKOFF_S", (1.5,))
+    with LocalCluster(*kneading.JOB, shards=2, run_dir=tmp_path / "run") as cluster:
+        assert kneading.work(cluster.address) == kneading.ended()
+        cluster.wait(60.0)
 
 
 def test_watching_health_takes_no_thread() -> None:

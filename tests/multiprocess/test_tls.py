@@ -16,7 +16,7 @@ from ps.client.grpc_transport import GrpcTransport
 from ps.errors import AccessDenied, HandshakeFailed, PeerUnavailable
 from ps.types import Role
 from ps.wire.options import open_channel
-from ps.wire.security import PLAIN, Security
+from ps.wire.security import PLAIN, PROCESSES, Security
 from ps.wire.session import Session
 from ps.wire.status import error_of
 from tests.support.certificates import make, shown_by
@@ -78,7 +78,7 @@ def snapshot(channel: grpc.Channel) -> object:
     return list(channel.unary_stream("/windlass.ps.v1.Shard/Snapshot")(b"", timeout=TIMEOUT_S))
 
 
-@pytest.mark.parametrize("role", list(Role))
+@pytest.mark.parametrize("role", list(PROCESSES))
 def test_who_shows_no_certificate_or_another_cas_is_refused_everywhere(
     run: LaunchedRun, theirs: Path, role: Role
 ) -> None:
@@ -88,7 +88,7 @@ def test_who_shows_no_certificate_or_another_cas_is_refused_everywhere(
         on_channel(address(run, role), shown_by(theirs, "coordinator"), role, check_health)
 
 
-@pytest.mark.parametrize("role", list(Role))
+@pytest.mark.parametrize("role", list(PROCESSES))
 def test_tools_may_ask(run: LaunchedRun, ours: Path, role: Role) -> None:
     client = shown_by(ours, "client")
 

@@ -1,19 +1,22 @@
-"""A checkpoint of any number of shards restores into any other: the same flat arrays, bit for bit."""
+"""A checkpoint of any number of shards restores into any other, bit for bit; harm of any kind shows."""
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ps.errors import CheckpointDamaged
 from ps.sharding import make_plan
-from ps.storage import CheckpointReader, read_manifest
+from ps.storage import CheckpointReader, read_manifest, verify
 from ps.storage.digest import digest
 from ps.types import ParameterTable
-from tests.support.checkpoints import make_arrays, make_table, write_checkpoint
+from tests.support.checkpoints import flip, make_arrays, make_table, write_checkpoint
 
 # At least four segments, so that four shards have something each.
 tables = st.lists(st.integers(1, 90_000), max_size=6).map(lambda sizes: make_table([220_000, *sizes]))
@@ -56,3 +59,20 @@ def test_any_range(data: st.DataObject) -> None:
                 needed = {file.name for file in reader.files_for([(start, stop)])}
                 owners = {chunk.shard for chunk in reader.plan.chunks if chunk.start < stop and chunk.stop > start}
                 assert needed == ({reader.manifest.files[s].name for s in owners} if start < stop else set())
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_flipped_bit_or_a_cut_anywhere_is_found_and_named(data: st.DataObject) -> None:
+    table = make_table([131_072, 300])
+    with tempfile.TemporaryDirectory() as name:
+        folder = write_checkpoint(Path(name), table, 2, make_arrays(table, []))
+        file = data.draw(st.sampled_from(sorted(folder.iterdir())))
+        byte = data.draw(st.integers(0, file.stat().st_size - 1))
+        bit = data.draw(st.integers(-1, 7))
+        if bit < 0:
+            os.truncate(file, byte)
+        else:
+            flip(file, byte, bit)
+        with pytest.raises(CheckpointDamaged, match=file.name):
+            verify(folder)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,7 @@ from ps.storage import (
     chunk_name,
     write_manifest,
 )
+from ps.storage.manifest import seal
 from ps.types import ParameterTable, TensorSpec
 
 Arrays = dict[str, NDArray[np.float32]]
@@ -77,6 +80,19 @@ def make_manifest(plan: Plan, files: Sequence[ShardFile], version: int, moments:
         windlass_version="0.1.0",
         created="2026-01-02T03:04:05+00:00",
     )
+
+
+def sealed(fields: dict[str, Any]) -> bytes:
+    """A manifest of these fields, as somebody would write it who wanted it to be believed."""
+    rest = {name: value for name, value in fields.items() if name != "sha256"}
+    return seal(json.dumps(rest, indent=1).encode() + b"\n")
+
+
+def flip(file: Path, byte: int, bit: int = 0) -> None:
+    """Change one bit of a file."""
+    data = bytearray(file.read_bytes())
+    data[byte] ^= 1 << bit
+    file.write_bytes(data)
 
 
 def write_checkpoint(

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from ps.storage.digest import digest
 from ps.wire.options import open_channel
 from tests.support.eventually import eventually
 from workers.config import JobConfig
-from workers.engine.app import join
+from workers.engine.app import Joined, join
 from workers.launch.folder import RunFolder
 from workers.launch.jobs import resolve
 
@@ -194,13 +195,57 @@ class _Roles:
         return ", ".join(thread.name for thread in self._alive())
 
 
-def train(job: JobConfig, transport: Callable[[], Transport] = GrpcTransport, timeout_s: float = TIMEOUT_S) -> Finished:
+class Workers:
+    """The workers of a run that is under way."""
+
+    def __init__(self, roles: _Roles, address: str, transport: Callable[[], Transport]) -> None:
+        self._roles = roles
+        self._address = address
+        self._transport = transport
+        self._joined: dict[int, Joined] = {}
+
+    def join(self, *ranks: int) -> None:
+        """Start workers of these ranks."""
+        # One after the other: building a model draws from torch's generator, which is one per process.
+        for rank in ranks:
+            self._joined[rank] = join(self._address, rank, None, self._transport(), _START_S)
+        for rank in ranks:
+            worker = self._joined[rank]
+            self._roles.start(f"worker {rank}", worker.run, worker.worker.leave)
+
+    def leave(self, rank: int) -> None:
+        """Have a worker go, as one that is asked to stop does."""
+        self._joined.pop(rank).worker.leave()
+
+    def hinder(self, rank: int, seconds: float) -> None:
+        """Have a worker take so much longer for each micro-batch from now on."""
+        contributor: Any = self._joined[rank].worker._contributor
+        batches, pause = contributor._batches, threading.Event()
+
+        def slow(step: int, slot: int) -> Any:
+            pause.wait(seconds)
+            return batches.batch(step, slot)
+
+        contributor._batches = SimpleNamespace(batch=slow)
+
+    def status(self) -> pb.StatusResponse:
+        with open_channel(self._address) as channel:
+            return pb_grpc.CoordinatorStub(channel).Status(pb.StatusRequest(), timeout=5.0)
+
+
+def train(
+    job: JobConfig,
+    transport: Callable[[], Transport] = GrpcTransport,
+    timeout_s: float = TIMEOUT_S,
+    meanwhile: Callable[[Workers], None] = lambda _: None,
+) -> Finished:
     """Run a job to its end.
 
     Args:
         job: from `make_job`; its run folder is new, or that of a run that goes on.
         transport: makes the transport of each worker.
         timeout_s: of the whole run.
+        meanwhile: called once the job's workers have joined.
 
     Raises:
         PsError: what the first role that failed raised.
@@ -219,11 +264,10 @@ def train(job: JobConfig, transport: Callable[[], Transport] = GrpcTransport, ti
         for index in range(job.cluster.shards):
             shard = ShardApp(address, index, _LOOPBACK, None)
             roles.start(f"shard {index}", lambda shard=shard: shard.run(_START_S), lambda s=shard: s._end(*gave_up))
-        # One after the other: building a model draws from torch's generator, which is one per process.
-        joined = [join(address, rank, None, transport(), _START_S) for rank in range(job.cluster.workers)]
-        for rank, worker in enumerate(joined):
-            roles.start(f"worker {rank}", worker.run, worker.worker.leave)
-        roles.wait(timeout_s, lambda: _status(address))
+        workers = Workers(roles, address, transport)
+        workers.join(*range(job.cluster.workers))
+        meanwhile(workers)
+        roles.wait(timeout_s, lambda: _describe(workers.status()))
     finally:
         roles.end()
     # The servers' idle threads go with the servers, which are cycles.
@@ -231,7 +275,5 @@ def train(job: JobConfig, transport: Callable[[], Transport] = GrpcTransport, ti
     return Finished(job)
 
 
-def _status(address: str) -> str:
-    with open_channel(address) as channel:
-        status = pb_grpc.CoordinatorStub(channel).Status(pb.StatusRequest(), timeout=5.0)
+def _describe(status: pb.StatusResponse) -> str:
     return f"{status.phase} at version {status.version}; {status.waiting_for}"

@@ -51,7 +51,9 @@ def make_config(run_dir: Path, shards: int = 2, workers: int = 2, **sections: An
         "checkpoint": {"every_steps": 3},
         "schedule": {"warmup_steps": 0},
     }
-    return validate(RunConfig, {**defaults, **sections})
+    # A worker that does nothing for a moment is not helped at once, unless a test is about that.
+    membership = {"duplicate_late": False, **sections.pop("membership", {})}
+    return validate(RunConfig, {**defaults, "membership": membership, **sections})
 
 
 @dataclass
@@ -66,6 +68,8 @@ class FakeShard:
     #: A checkpoint is loaded and not served yet.
     loaded: bool = False
     last_decision: Decision | None = None
+    #: False: its host lost power, and with it a part of what its journal held of the open step.
+    reduced: bool = True
     #: Contributions whose gradients it has, of the open step.
     held: set[int] = field(default_factory=set)
     #: Told decisions are kept here until `apply` when it is slow.
@@ -239,7 +243,7 @@ class FakeRun:
             if shard.has_state and shard.version == step:
                 shard.held.add(contribution)
         self.machine.steps.contributed(
-            worker.rank, self.machine.fence, Spent(step, contribution, 0.1, 0.01, 0.001, 0.0)
+            worker.rank, self.machine.fence, Spent(step, contribution, 0.1, 0.01, 0.001, 0.0), self.now
         )
 
     def report(self, shard: FakeShard) -> None:
@@ -300,7 +304,9 @@ class FakeRun:
         if self.disk is None:
             return
         error = "" if self.disk else "No space left on device"
-        self.machine.snapshot_written(shard.index, version, (f"shard-{shard.index}", "0" * 64, 10), error)
+        self.machine.snapshot_written(
+            self.machine.fence, shard.index, version, (f"shard-{shard.index}", "0" * 64, 10), error
+        )
 
     def _configure(self, action: Configure) -> None:
         shard, fence = self.shards.get(action.shard), action.fence
@@ -326,7 +332,9 @@ class FakeRun:
         elif action.control is Control.SERVE and shard.loaded:
             shard.has_state, shard.loaded = True, False
         last = (shard.waiting or [shard.last_decision])[-1]
-        inspection = Inspection(shard.has_state, shard.version, last, None if shard.waiting else shard.updated_by)
+        inspection = Inspection(
+            shard.has_state, shard.version, last, None if shard.waiting else shard.updated_by, shard.reduced
+        )
         self.machine.serving.configured(action.shard, fence, action.control, inspection)
 
     # -- What can be asked ------------------------------------------------------------------

@@ -36,7 +36,7 @@ from ps.shard.engine import Outbox, ShardEngine
 from ps.shard.exchange import Exchange
 from ps.sharding import Chunk, Plan, make_plan
 from ps.types import Fence, WireDtype, slot_range
-from ps.wire.proto import to_proto
+from ps.wire.proto import from_proto, to_proto
 from tests.support.plans import table_of_chunks
 from workers.engine.worker import Worker
 
@@ -232,13 +232,15 @@ class Hand:
         self.chain.duty = Duty(session, self.inbox, self.client, SLOTS, storm.wire, layerwise=True, eager=eager)
         self.worker = Worker(session, self.inbox, self.chain.duty, self.chain)
         self.failure: BaseException | None = None
-        self.reported: list[tuple[int, int]] = []
+        #: What every shard holds, by this worker.
+        self.reported: list[tuple[Fence, int, int]] = []
         self.thread = threading.Thread(target=self._run, name=f"worker {rank}", daemon=True)
         self.thread.start()
 
     def _hear(self, **event: Any) -> None:
         if "contributed" in event:
-            self.reported.append((event["contributed"].step, event["contributed"].contribution))
+            told = event["contributed"]
+            self.reported.append((from_proto(Fence, told.fence), told.step, told.contribution))
 
     def _run(self) -> None:
         try:
@@ -381,6 +383,7 @@ class Storm:
     def _disturb(self) -> None:
         """Something happens in the middle of a step."""
         weather, rng = self.weather, self.rng
+        self._tell_done()
         if rng.random() < weather.again:
             rng.choice(self.hands).say(deal=self._deal(rng.randrange(CONTRIBUTIONS)))
         if rng.random() < weather.leave:
@@ -398,6 +401,16 @@ class Storm:
             if self.config.is_eager:
                 self._foresee()
             self._deal_all(rng.choice(self.hands))
+
+    def _tell_done(self) -> None:
+        """Who has finished a contribution says so, and the others hear of it."""
+        for hand in self.hands:
+            reported, hand.reported = hand.reported, []
+            for fence, step, contribution in reported:
+                if (fence, step) == (self.fence, self.state.version):
+                    for other in self.hands:
+                        if other is not hand:
+                            other.say(deal=self._deal(done=(contribution,)))
 
     def _deal_all(self, hand: Hand) -> None:
         for contribution in self.rng.sample(range(CONTRIBUTIONS), CONTRIBUTIONS):
@@ -428,7 +441,7 @@ class Storm:
             )
         )
 
-    def _deal(self, *contributions: int, initialize: bool = False) -> pb.Deal:
+    def _deal(self, *contributions: int, initialize: bool = False, done: tuple[int, ...] = ()) -> pb.Deal:
         return pb.Deal(
             fence=to_proto(self.fence),
             step=self.state.version,
@@ -436,6 +449,7 @@ class Storm:
             loss_scale=self.state.scaler.scale,
             contributions=contributions,
             initialize=initialize,
+            done=done,
         )
 
     def _note_truth(self) -> None:

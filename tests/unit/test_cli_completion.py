@@ -72,6 +72,7 @@ def test_runs_are_offered_where_a_run_is_wanted(tmp_path: Path, monkeypatch: pyt
     assert set(texts(complete_run("runs/"))) == set(texts(complete_run("ru"))) == {"runs/a", "runs/b"}
     assert texts(complete_run("d")) == texts(complete_run("no/such/")) == []
     assert ask("windlass resume m", 2) == ["mine"]
+    assert ask("windlass checkpoint verify m", 3) == ["mine"]
 
 
 def ask(words: str, number: int) -> list[str]:
@@ -90,6 +91,7 @@ def test_a_shell_is_answered() -> None:
     assert "schedule.warmup_steps=" in ask("windlass train schedule.", 2)
     assert ask("windlass resume RUN optimizer.name=s", 3) == ["optimizer.name=sgd"]
     assert {"train", "validate", "init", "export"} <= set(ask("windlass ", 1))
+    assert ask("windlass checkpoint v", 2) == ["verify"]
     assert "float16" in ask("windlass export RUN --dtype fl", 4)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ps.storage import checkpoint_folder
+from tests.support.checkpoints import sealed
 from tests.support.untrained import fresh_model, make_run, write_model
 from workers.cli import report
 from workers.cli.main import main
@@ -90,7 +91,7 @@ def test_a_checkpoint_of_another_text_is_refused(run: Path, capsys: pytest.Captu
     copy.mkdir()
     for file in manifest.parent.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    (copy / "manifest.json").write_text(json.dumps(content))
+    (copy / "manifest.json").write_bytes(sealed(content))
     code, _, err = call(capsys, "sample", str(copy))
     assert code == 1
     assert "embed_tokens" in err

@@ -34,6 +34,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         code, out, _ = run(capsys, *arguments)
         assert code == 0
         commands = ("train", "resume", "status", "plot", "evaluate", "sample", "digest", "export", "init", "validate")
+        commands += ("audit",)
         for command in (*commands, "coordinator", "shard", "worker", "certs"):
             assert f"  {command} " in out
 

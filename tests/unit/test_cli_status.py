@@ -6,6 +6,8 @@ import json
 import math
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,27 @@ def test_a_run_that_is_being_started(folder: RunFolder, capsys: pytest.CaptureFi
     again = folder.try_lock()
     assert again is not None
     os.close(again)
+
+
+def test_a_coordinator_that_does_not_answer_is_not_one_that_is_gone(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A process of this command's name.
+    stopped = subprocess.Popen([sys.executable, "-c", "input()", "windlass"], stdin=subprocess.PIPE)
+    monkeypatch.setattr("workers.cli.status.ANSWER_S", 0.2)
+    lock = folder.try_lock()
+    assert lock is not None
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as deaf:
+            address = f"127.0.0.1:{deaf.getsockname()[1]}"
+            member = {"role": "coordinator", "rank": 0, "pid": stopped.pid, "address": address}
+            folder.cluster.write_text(json.dumps([member]))
+            assert main(["status", "runs/a"]) == 1
+    finally:
+        os.close(lock)
+        stopped.kill()
+        stopped.communicate()
+    assert f"its coordinator (process {stopped.pid}) has not answered for 0 s" in capsys.readouterr().err
 
 
 def test_another_runs_coordinator_at_the_same_port_is_not_taken_for_it(

@@ -17,7 +17,8 @@ from workers.launch.environment import MALLOC_TUNABLES
 BASE = read("compose.yaml")
 SERVICES: dict[str, Any] = BASE["services"]
 SHARDS = ("shard-0", "shard-1")
-ROLES = ("coordinator", *SHARDS, "worker")
+STANDBYS = ("standby-0", "standby-1")
+ROLES = ("coordinator", *SHARDS, *STANDBYS, "worker")
 ONCE = ("certs", "prepare", "grafana-password", "tools")
 OVERLAYS = ([], ["insecure"], ["gpu"], ["test"], ["text"], ["insecure", "test"], ["insecure", "gpu", "text"])
 
@@ -57,7 +58,8 @@ def test_only_the_pages_for_people_are_published_and_only_on_loopback() -> None:
 
 def test_a_role_sees_its_own_key_and_no_other() -> None:
     for name in ROLES:
-        role = name.partition("-")[0]
+        # A standby is a shard of which there is one already.
+        role = name.partition("-")[0].replace("standby", "shard")
         keys = [volume for volume in SERVICES[name]["volumes"] if volume.startswith("certs")]
         assert keys == [f"certs-{role}:/certs/{role}:ro"]
         assert SERVICES[name]["environment"]["WINDLASS_CERTIFICATES"] == f"/certs/{role}"
@@ -87,12 +89,18 @@ def test_the_default_job_fits_the_services() -> None:
     assert str(job.cluster.workers) == re.findall(r":-(\d+)", SERVICES["worker"]["deploy"]["replicas"])[0]
     # More workers may be of use than there are at the start.
     assert job.contributions > job.cluster.workers
-    for name in ("coordinator", *SHARDS):
+    for name in ("coordinator", *SHARDS, *STANDBYS):
         assert seconds(SERVICES[name]["stop_grace_period"]) > job.checkpoint.timeout_s
         assert "runs:/runs" in SERVICES[name]["volumes"]
     assert f"data:{job.data.cache_dir}" in SERVICES["worker"]["volumes"]
     assert SERVICES["prepare"]["command"][1] in SERVICES["coordinator"]["command"]
     assert all(SERVICES[name]["environment"]["WINDLASS_METRICS_LISTEN"].endswith(":9400") for name in ROLES)
+
+
+def test_standbys_are_second_processes_of_the_shards_and_only_there_when_asked_for() -> None:
+    for name, shard in zip(STANDBYS, SHARDS, strict=True):
+        differs = {"hostname": name, "profiles": ["standbys"]}
+        assert SERVICES[name] == {**SERVICES[shard], **differs}
 
 
 def test_every_volume_is_declared_and_used() -> None:

@@ -66,9 +66,10 @@ class Bench:
         self.duty.take(0.0)
         self.hear(Welcome(0, 9, 1, epoch, step, step, []))
 
-    def deal(self, step: int, *contributions: int, epoch: int = 1) -> None:
+    def deal(self, step: int, *contributions: int, epoch: int = 1, done: tuple[int, ...] = ()) -> None:
         fence = Fence(term=1, epoch=epoch)
-        self.say(deal=pb.Deal(fence=fence, step=step, applied=step, loss_scale=4.0, contributions=contributions))
+        work = pb.Deal(fence=fence, step=step, applied=step, loss_scale=4.0, contributions=contributions, done=done)
+        self.say(deal=work)
 
     def hear(self, header: Any) -> None:
         """The shard says something that is no weights."""
@@ -385,3 +386,76 @@ def test_what_a_forward_waited_that_was_left_is_not_the_next_ones(
     bench.bring(5, 0, 1, 2)
     assert bench.ready()
     assert bench.duty.waited() == 0.0
+
+
+def at_work(bench: Bench, *contributions: int) -> None:
+    """The weights of step 5 are there, and the first of these is computed."""
+    bench.serve()
+    bench.deal(5, *contributions)
+    assert not bench.ready()
+    bench.bring(5, 0, 1, 2)
+    assert bench.ready()
+
+
+def test_what_somebody_else_has_finished_is_left_in_the_middle_of_a_forward(bench: Bench) -> None:
+    at_work(bench, 0, 1)
+    bench.await_chunks(0)
+    bench.deal(5, done=(0,))
+    with pytest.raises(Interrupted, match="somebody else has finished contribution 0"):
+        bench.await_chunks(1)
+    bench.duty.done()
+    assert bench.ready()
+    assert bench.duty.dealt is not None
+    assert bench.duty.dealt.pending == [1]
+    bench.contribute(1)
+    assert bench.shard.pushed == [(1, 0), (1, 1), (1, 2)]
+    assert bench.pulled.pulling_of(0) == (6, 5)
+
+
+def test_what_somebody_else_has_finished_is_not_begun(bench: Bench) -> None:
+    at_work(bench, 0, 1)
+    bench.deal(5, done=(1,))
+    bench.contribute(0)
+    assert bench.shard.pushed == [(0, 0), (0, 1), (0, 2)]
+    assert not bench.ready()
+    assert bench.pulled.pulling_of(0) == (6, 5)
+
+
+def test_that_another_contribution_is_finished_does_not_matter(bench: Bench) -> None:
+    at_work(bench, 0)
+    bench.deal(5, done=(1,))
+    bench.await_chunks(1)
+    bench.contribute(0)
+    assert bench.shard.pushed == [(0, 0), (0, 1), (0, 2)]
+
+
+def test_the_next_step_ends_a_forward_whose_weights_are_all_there(bench: Bench) -> None:
+    at_work(bench, 0)
+    bench.await_chunks(0)
+    bench.deal(6)
+    with pytest.raises(Interrupted, match="step 5"):
+        bench.await_chunks(1)
+
+
+def test_what_somebody_else_has_finished_is_not_sent_again(bench: Bench) -> None:
+    push_step(bench)
+    bench.deal(5, done=(0,))
+    bench.duty.take(0.0)
+    bench.hear(Welcome(0, 9, 1, 1, 5, 5, [[0, b"\x01"]]))
+    assert not bench.ready()
+    assert bench.shard.pushed == [(0, 0), (0, 1), (0, 2)]
+
+
+def test_what_was_finished_and_is_dealt_again_is_computed(bench: Bench) -> None:
+    """A shard has lost what it held, or somebody was wrong."""
+    at_work(bench, 0, 1)
+    bench.deal(5, done=(0,))
+    bench.deal(5, 0)
+    assert bench.ready()
+    assert bench.duty.dealt is not None
+    assert bench.duty.dealt.pending == [1, 0]
+    bench.contribute(1)
+    assert bench.ready()
+    bench.await_chunks(1)
+    bench.contribute(0)
+    assert bench.shard.pushed[3:] == [(0, 0), (0, 1), (0, 2)]

@@ -17,6 +17,7 @@ from ps.shard.engine import ShardEngine
 from ps.shard.exchange import Exchange
 from ps.shard.service import ShardHost
 from ps.shard.snapshot import Snapshot
+from ps.shard.snapshots import Snapshots
 from ps.storage.layout import checkpoint_folder, prepare
 from ps.storage.shard_file import ShardFile, ShardFileReader, ShardFileWriter, chunk_name
 from ps.types import Decision, Fence
@@ -217,7 +218,7 @@ def push_in_thread(shard: Rig, push: Any) -> tuple[threading.Thread, list[Any]]:
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    eventually(lambda: shard.engine._opened._waiters, TIMEOUT_S, "the push to wait")  # type: ignore[attr-defined]
+    eventually(lambda: shard.engine.opened._waiters, TIMEOUT_S, "the push to wait")  # type: ignore[attr-defined]
     return thread, outcome
 
 
@@ -254,7 +255,7 @@ def test_a_push_that_waits_hears_of_a_new_fence(shard: Rig, what: str) -> None:
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    eventually(lambda: shard.engine._opened._waiters, TIMEOUT_S, "the push to wait")  # type: ignore[attr-defined]
+    eventually(lambda: shard.engine.opened._waiters, TIMEOUT_S, "the push to wait")  # type: ignore[attr-defined]
     if what == "fence":
         shard.engine.adopt(Fence(1, 2))
     else:
@@ -543,8 +544,8 @@ class Gate:
     """A disk that writes once it is told to."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._opened = threading.Event()
-        write, opened = ShardFileWriter.write, self._opened
+        self.opened = threading.Event()
+        write, opened = ShardFileWriter.write, self.opened
 
         def slow(writer: ShardFileWriter, name: str, values: Any) -> None:
             assert opened.wait(TIMEOUT_S)
@@ -553,7 +554,7 @@ class Gate:
         monkeypatch.setattr(ShardFileWriter, "write", slow)
 
     def open(self) -> None:
-        self._opened.set()
+        self.opened.set()
 
 
 def make_folder(shard: Rig, version: int) -> None:
@@ -607,17 +608,17 @@ def test_a_snapshot_that_is_asked_for_as_a_chunk_is_about_to_be_updated(
     expected = bits(shard)
     reads: list[int] = []
 
-    def snapshots(engine: ShardEngine) -> list[Snapshot]:
-        seen: list[Snapshot] = engine.__dict__["_snapshots"]
+    def pending(snapshots: Snapshots) -> list[Snapshot]:
+        seen: list[Snapshot] = snapshots.__dict__["pending"]
         if threading.current_thread().name.startswith("kernel"):
             reads.append(len(seen))
             if len(reads) == 2:
                 # The first look was for too many, this one for those to protect the chunk from.
-                engine.snapshot(1)
+                shard.engine.snapshot(1)
         return seen
 
     monkeypatch.setattr(
-        ShardEngine, "_snapshots", property(snapshots, lambda e, v: e.__dict__.update(_snapshots=v)), raising=False
+        Snapshots, "pending", property(pending, lambda s, v: s.__dict__.update(pending=v)), raising=False
     )
     shard.engine.foresee(foregone_of(shard))
     push_chunk(shard, shard.chunks[0])
@@ -639,7 +640,7 @@ def test_a_snapshot_is_not_written_again_of_a_state_that_is_between(
     ahead(shard)
     gate.open()
     _, result = shard.told.snapshots.get(timeout=TIMEOUT_S)
-    eventually(lambda: all(s.join(0) for s in shard.engine._snapshots), TIMEOUT_S, "the writer's end")
+    eventually(lambda: all(s.join(0) for s in shard.engine._snapshots.pending), TIMEOUT_S, "the writer's end")
     assert shard.told.snapshots.empty()
     if isinstance(result, ShardFile):
         # What it says it has written is not there: the coordinator asks for it in vain, and no manifest is made.

@@ -12,6 +12,7 @@ import torch
 
 from ps.shard import snapshot
 from ps.sharding import make_plan
+from ps.storage.gradient_log import usual_limit
 from tests.support.untrained import make_run, write_model
 from workers.cli.main import main
 from workers.config import JobConfig, load_job
@@ -70,6 +71,15 @@ def test_backward_needs_so_many_elements(overrides: tuple[str, ...]) -> None:
     expected = 4 * (shapes.saved_elements(job.model, tokens) + 300 * tokens)
     assert sum(saved.values()) == pytest.approx(expected, rel=0.06)
     assert loss.requires_grad
+
+
+def test_standbys_and_journals_take_what_a_shard_holds_and_reduces() -> None:
+    alone, kept = estimate(a_job()), estimate(a_job("cluster.standbys=1", "durability=journal"))
+    assert kept.host_bytes - alone.host_bytes == sum(shard.num_bytes for shard in alone.shards)
+    assert kept.reduced_bytes == tuple(4 * size for size in kept.shard_elements)
+    assert alone.journal_bytes == (0, 0)
+    assert kept.journal_bytes == tuple(2 * usual_limit(size) for size in kept.shard_elements)
+    assert estimate(a_job("durability=journal", "journal.max_bytes=1000")).journal_bytes == (2000, 2000)
 
 
 def test_flops_are_six_for_each_matrix_element_and_the_attention() -> None:

@@ -42,7 +42,7 @@ def decision(step: int, **changes: Any) -> Decision:
 
 
 def record(made: Decision) -> dict[str, Any]:
-    return {"type": "decision", **to_record(made), "owners": [[0, 5]]}
+    return {"type": "decision", **to_record(made), "counted": [[[0], [[0, 0, 5], [1, 0, 5]]]]}
 
 
 def replay(*records: dict[str, Any]) -> History:

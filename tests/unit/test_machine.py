@@ -474,7 +474,7 @@ def test_a_checkpoint_on_its_way_at_a_rollback_is_forgotten(run: FakeRun) -> Non
     assert run.machine.state.version == 0
     # The other shard tells of its file of before, which will be written again.
     for shard in (0, 1):
-        run.machine.snapshot_written(shard, 3, (f"shard-{shard}", "0" * 64, 10), "")
+        run.machine.snapshot_written(run.machine.fence, shard, 3, (f"shard-{shard}", "0" * 64, 10), "")
     run.step()
     assert [a.state.version for a in run.of(WriteManifest)] == [0]
     run.disk = True

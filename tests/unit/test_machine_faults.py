@@ -10,11 +10,20 @@ import pytest
 
 from protos.ps.v1 import coordinator_pb2 as pb
 from ps.coordinator import service
-from ps.coordinator.actions import Configure, Control, Record, TellDeal, TellDecision, TellSnapshot
+from ps.coordinator.actions import (
+    Configure,
+    Control,
+    PrepareCheckpoint,
+    Record,
+    TellDeal,
+    TellDecision,
+    TellSnapshot,
+    WriteManifest,
+)
 from ps.coordinator.dealing import Dealing
 from ps.coordinator.recorder import Recorder
 from ps.coordinator.timings import Spent
-from ps.errors import MismatchError, PeerUnavailable, StaleFence
+from ps.errors import CheckpointWriteFailed, DecisionRejected, MismatchError, PeerUnavailable, StaleFence
 from ps.types import Fence, Role
 from ps.wire.proto import to_proto
 from tests.support.fake_run import FakeRun, make_config
@@ -24,6 +33,11 @@ from tests.support.fake_run import FakeRun, make_config
 def run(tmp_path: Path) -> FakeRun:
     """2 shards, 2 workers, C = 2, 6 steps, a checkpoint every 3."""
     return FakeRun(make_config(tmp_path))
+
+
+def recorded(run: FakeRun) -> list[int]:
+    """The steps that metrics.jsonl has lines of."""
+    return [line["step"] for line in run.lines() if line["kind"] == "step"]
 
 
 def loading(run: FakeRun) -> list[Configure]:
@@ -213,9 +227,9 @@ def test_a_contribution_that_was_complete_before_a_rollback_is_not_complete_afte
     step = run.machine.state.version
     before = steps.outstanding(0)[0]
     assert before
-    steps.contributed(0, Fence(old.term, old.epoch - 1), Spent(step, before[0], 0.1, 0.1, 0.1, 0.0))
+    steps.contributed(0, Fence(old.term, old.epoch - 1), Spent(step, before[0], 0.1, 0.1, 0.1, 0.0), run.now)
     assert steps.outstanding(0)[0] == before
-    assert steps.contributed(0, old, Spent(step, before[0], 0.1, 0.1, 0.1, 0.0))
+    assert steps.contributed(0, old, Spent(step, before[0], 0.1, 0.1, 0.1, 0.0), run.now)
     assert steps.outstanding(0)[0] == before[1:]
 
 
@@ -225,8 +239,8 @@ def test_a_contribution_that_is_told_again_counts_once(run: FakeRun) -> None:
     run.run_to(2)
     steps, step = run.machine.steps, run.machine.state.version
     spent = Spent(step, 0, 1.0, 0.5, 0.25, 0.0)
-    assert steps.contributed(0, run.machine.fence, spent)
-    assert not steps.contributed(0, run.machine.fence, spent)
+    assert steps.contributed(0, run.machine.fence, spent, run.now)
+    assert not steps.contributed(0, run.machine.fence, spent, run.now)
     assert steps._timings._by_rank[0] == [1.0, 0.5, 0.25, 0.0]
 
 
@@ -240,3 +254,85 @@ def test_nonsense_in_a_members_words_goes_no_further(run: FakeRun) -> None:
     service._contributed(run.machine, member, told, run.now)
     assert run.machine.steps._timings._by_rank[0] == [0.0, 0.0, 0.0, 2.0]
     assert service._printable("step 3\x1b]0;evil\x07") == "step 3?]0;evil?"
+
+
+def test_a_file_of_a_checkpoint_that_an_earlier_coordinator_asked_for_does_not_count(tmp_path: Path) -> None:
+    """The shards tell again what they wrote for the coordinator that died; the new one has emptied the folder since."""
+    first = FakeRun(make_config(tmp_path))
+    first.everybody()
+    first.disk = None
+    first.run(lambda: bool(first.of(PrepareCheckpoint)))
+    asked_under = first.machine.fence
+    run = first.restart()
+    run.disk = None
+    run.everybody()
+    run.run(lambda: bool(run.of(PrepareCheckpoint)))
+    for shard in (0, 1):
+        run.machine.snapshot_written(asked_under, shard, 0, (f"shard-{shard}", "0" * 64, 10), "")
+    run.step()
+    assert not run.of(WriteManifest), "these files went with the folder"
+    for shard in (0, 1):
+        run.machine.snapshot_written(run.machine.fence, shard, 0, (f"shard-{shard}", "0" * 64, 10), "")
+    run.step()
+    assert run.of(WriteManifest)
+
+
+def test_a_shard_of_another_past_leads_back_to_a_checkpoint(run: FakeRun) -> None:
+    """A process that was taken for dead comes back with a version that fits by its number alone."""
+    run.everybody()
+    run.run_to(2)
+    carry_out, refusals = run._configure, [DecisionRejected("shard 1 holds version 1 of another past")]
+
+    def configure(action: Configure) -> None:
+        if action.control is Control.SERVE and action.shard == 1 and refusals:
+            run.machine.serving.configure_failed(1, action.fence, Control.SERVE, refusals.pop(), False)
+        else:
+            carry_out(action)
+
+    run._configure = configure  # type: ignore[method-assign]
+    run.machine.serving.gather("a new coordinator")
+    before = len(loading(run))
+    run.run()
+    assert run.end.ok, run.end
+    assert [call.checkpoint for call in loading(run)[before:]] == ["step-00000000"] * 2
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_a_full_disk_ends_no_run_that_has_served(run: FakeRun, served: bool) -> None:
+    """A recovery writes a nonce first; at a start somebody watches, and should be told at once."""
+    carry_out = run._configure
+    full = not served
+
+    def configure(action: Configure) -> None:
+        if action.control is Control.LOAD and full:
+            error = CheckpointWriteFailed("No space left on device")
+            run.machine.serving.configure_failed(action.shard, action.fence, Control.LOAD, error, True)
+        else:
+            carry_out(action)
+
+    run._configure = configure  # type: ignore[method-assign]
+    run.everybody()
+    if served:
+        run.run_to(2)
+        full = True
+        run.join_shard(1)
+        run.settle()
+        assert not run.ended
+        assert run.machine.snapshots.rejected == []
+        full = False
+    run.run()
+    run.step()
+    assert run.end.ok is served
+
+
+def test_a_step_whose_checkpoint_is_all_that_is_left_of_it_has_its_line(run: FakeRun) -> None:
+    """Its shards wrote the checkpoint, and one died before the coordinator heard that the decision was carried out."""
+    run.everybody()
+    run.run_to(3)
+    run.step()
+    assert "step-00000003" in run.checkpoints
+    assert recorded(run) == [0, 1]
+    run.join_shard(1)
+    run.run()
+    assert run.end.ok, run.end
+    assert recorded(run) == list(range(6))

@@ -56,6 +56,15 @@ def test_a_worker_is_lost_until_its_rank_is_taken_and_not_when_it_leaves(run: Fa
     assert (shown("workers_live"), shown("workers_lost")) == (1, 0)
 
 
+def test_late_contributions_that_are_dealt_to_a_second_worker_are_counted(run: FakeRun) -> None:
+    watched = monitor(run)
+    before = shown("duplicated_contributions_total")
+    for duplicated in (0, 2, 2, 3):
+        run.machine.steps.duplicated = duplicated
+        watched.look(run.machine)
+        assert shown("duplicated_contributions_total") == before + duplicated
+
+
 def test_a_shard_that_comes_back_is_a_recovery_and_the_start_is_none(run: FakeRun) -> None:
     watched = monitor(run)
     before = shown("recoveries_total")
@@ -71,6 +80,13 @@ def test_a_shard_that_comes_back_is_a_recovery_and_the_start_is_none(run: FakeRu
         watched.look(run.machine)
     assert shown("recoveries_total") == before + 1
     assert shown("epoch") == run.machine.fence.epoch == 2
+
+
+def test_damaged_checkpoints_are_counted(tmp_path: Path) -> None:
+    run = FakeRun(make_config(tmp_path))
+    run.machine.snapshots.rejected.append("step-00000003")
+    monitor(run).look(run.machine)
+    assert shown("checkpoints_damaged") == 1
 
 
 @pytest.mark.parametrize(

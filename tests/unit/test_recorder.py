@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from ps.coordinator.members import MemberState
 from ps.coordinator.recorder import Recorder
+from ps.errors import StorageError
 from ps.types import Role
 
 
@@ -60,6 +62,20 @@ def test_half_a_line_is_cut(folder: Path, torn: str) -> None:
     assert lines(folder) == [step(0), step(1)]
     recorder.rewind(1)
     assert lines(folder) == [step(0)]
+
+
+def test_a_line_that_cannot_be_written_leaves_nothing(folder: Path) -> None:
+    recorder = Recorder(folder, "run")
+    recorder.record(step(0))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((folder / "metrics.jsonl").stat().st_size + 3, limits[1]))
+    try:
+        with pytest.raises(StorageError, match=r"metrics\.jsonl cannot be written: File too large"):
+            recorder.record(step(1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    recorder.record(step(2))
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [0, 2]
 
 
 def test_numbers_that_json_does_not_have_are_an_error(folder: Path) -> None:

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ps.errors import CheckpointWriteFailed, NotServing, PsError
+from ps.errors import CheckpointWriteFailed, NotServing, PsError, StaleFence
 from ps.shard import snapshot as module
 from ps.storage.files import AtomicFile
 from ps.storage.layout import checkpoint_folder, prepare
 from ps.storage.shard_file import ShardFile, ShardFileReader, ShardFileWriter, chunk_name
 from ps.types import Fence
 from tests.support.plans import table_of_chunks
-from tests.support.shards import TIMEOUT_S, Rig, in_threads, make_config, rig
+from tests.support.shards import FENCE, TIMEOUT_S, Rig, in_threads, make_config, rig
 
 State = dict[str, np.ndarray]
 
@@ -218,6 +218,17 @@ def test_asked_again_a_snapshot_is_told_again(tmp_path: Path) -> None:
         for version in (0, 2):
             with pytest.raises(NotServing):
                 shard.engine.snapshot(version)
+
+
+def test_what_an_older_fence_asks_for_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with rig(make_config(tmp_path)) as shard:
+        make_folder(shard, 1)
+        shard.run_step()
+        with pytest.raises(StaleFence, match="a checkpoint under"):
+            shard.engine.snapshot(1, Fence(FENCE.term, FENCE.epoch - 1))
+        assert list(folder_of(shard, 1).iterdir()) == []
+        shard.engine.snapshot(1, FENCE)
+        assert written(shard)[0] == 1
 
 
 def test_a_snapshot_whose_file_is_gone_is_written_again(tmp_path: Path) -> None:

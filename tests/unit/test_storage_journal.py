@@ -13,6 +13,7 @@ import pytest
 
 from ps.errors import JournalDamaged, StorageError, WaitTimeout
 from ps.storage import Journal
+from ps.storage.files import append_all
 from ps.storage.journal import segment_path
 from ps.storage.segment import encode
 from tests.support.checkpoints import names_in
@@ -231,6 +232,47 @@ def test_a_failed_background_fsync_is_never_forgotten(tmp_path: Path, monkeypatc
         journal.append(decision(1))
     journal.close()
     assert len(calls) == 1, "a second fsync could succeed and lie"
+
+
+class FullDisk:
+    """Writes half of what it is given, and then has no room, so often; else it is `os.write`."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+        self._write = os.write
+
+    def __call__(self, fd: int, data: memoryview) -> int:
+        if self.times == 0:
+            return self._write(fd, data)
+        if len(data) > 1:
+            return self._write(fd, data[: len(data) // 2])
+        self.times -= 1
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint that does not fit fills it for a moment: no reason to end the run."""
+    with Journal.open(tmp_path) as journal:
+        journal.begin_term()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", FullDisk(times=3))
+            journal.append(decision(0))
+        journal.append(decision(1))
+    with Journal.open(tmp_path) as journal:
+        assert journal.records[1:] == [decision(0), decision(1)]
+
+
+def test_a_disk_that_stays_full_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(append_all, "__defaults__", (0.1,))
+    journal = Journal.open(tmp_path)
+    journal.begin_term()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", FullDisk(times=10**9))
+        with pytest.raises(StorageError, match=r"term-000001\.log cannot be written: No space left"):
+            journal.append(decision(0))
+    journal.close()
+    with Journal.open(tmp_path) as journal:
+        assert len(journal.records) == 1
 
 
 def test_begin_term_on_a_full_disk_takes_no_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 from ps.errors import CheckpointWriteFailed, StorageError
 from ps.storage import layout
 from ps.storage.layout import checkpoint_folder, checkpoints, newest, prepare, retain, version_of
-from tests.support.checkpoints import make_arrays, make_table, names_in, write_checkpoint
+from tests.support.checkpoints import flip, make_arrays, make_table, names_in, write_checkpoint
 
 TABLE = make_table([100])
 ARRAYS = make_arrays(TABLE, [])
@@ -55,6 +55,12 @@ def test_no_folder_no_checkpoints(tmp_path: Path) -> None:
         checkpoints(tmp_path / "file")
 
 
+def test_an_older_one_that_is_still_being_written_stays(tmp_path: Path) -> None:
+    make(tmp_path, [10, 40], incomplete=[20, 30])
+    assert [version_of(folder) for folder in retain(tmp_path, 1, 40, writing=[30, 40])] == [10, 20]
+    assert versions_in(tmp_path) == [30, 40]
+
+
 def test_the_newest_are_kept_and_old_attempts_removed(tmp_path: Path) -> None:
     make(tmp_path, [10, 20, 30, 40], incomplete=[5, 35, 50])
     (tmp_path / "notes").touch()
@@ -70,7 +76,7 @@ def test_without_a_complete_one_nothing_is_removed(tmp_path: Path) -> None:
     assert versions_in(tmp_path) == [10, 20]
 
 
-@pytest.mark.parametrize("harm", ["cut", "missing", "manifest"])
+@pytest.mark.parametrize("harm", ["cut", "missing", "manifest", "bit", "manifest bit"])
 def test_the_last_good_one_is_never_removed(tmp_path: Path, harm: str) -> None:
     make(tmp_path, [10, 20, 30, 40])
     for version in (30, 40):
@@ -80,6 +86,10 @@ def test_the_last_good_one_is_never_removed(tmp_path: Path, harm: str) -> None:
             os.truncate(file, 100)
         elif harm == "missing":
             file.unlink()
+        elif harm == "bit":
+            flip(file, -1)
+        elif harm == "manifest bit":
+            flip(folder / "manifest.json", 500)
         else:
             (folder / "manifest.json").write_text("{")
     assert [version_of(folder) for folder in retain(tmp_path, 2)] == [10]

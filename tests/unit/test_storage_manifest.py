@@ -15,10 +15,10 @@ import pytest
 
 from ps.errors import CheckpointDamaged, CheckpointNotFound, CheckpointWriteFailed, StorageError
 from ps.sharding import make_plan
-from ps.storage import Manifest, checkpoints, is_whole, read_manifest, write_manifest
+from ps.storage import Manifest, checkpoints, read_manifest, verify, write_manifest
 from ps.storage.manifest import decode, encode
 from ps.types import ParameterTable, TensorSpec
-from tests.support.checkpoints import make_arrays, make_manifest, make_table, names_in, write_shard_file
+from tests.support.checkpoints import make_arrays, make_manifest, make_table, names_in, sealed, write_shard_file
 
 TABLE = make_table([150_000, 3])
 
@@ -33,11 +33,12 @@ def written(folder: Path, version: int = 100) -> Manifest:
 def test_it_comes_back_as_it_was(tmp_path: Path) -> None:
     folder = tmp_path / "step-00000100"
     manifest = written(folder)
-    assert not is_whole(folder)
+    with pytest.raises(CheckpointNotFound):
+        verify(folder)
     sha256 = write_manifest(folder, manifest)
     assert read_manifest(folder) == (manifest, sha256)
     assert sha256 == hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
-    assert is_whole(folder)
+    assert verify(folder) == manifest
 
 
 def test_every_number_survives_exactly(tmp_path: Path) -> None:
@@ -111,7 +112,7 @@ def test_a_manifest_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, m
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        ("format", 2, "format 2; this version of Windlass reads format 1"),
+        ("format", 1, "format 1; this version of Windlass reads format 2"),
         ("format", "1", "'format' is '1', not of type int"),
         ("version", True, "'version' is True, not of type int"),
         ("version", -1, "'version' is -1, less than 0"),
@@ -136,7 +137,7 @@ def test_a_wrong_field_is_named(tmp_path: Path, key: str, value: Any, reason: st
     fields = json.loads(encode(written(tmp_path)))
     fields[key] = value
     path = tmp_path / "manifest.json"
-    path.write_text(json.dumps(fields))
+    path.write_bytes(sealed(fields))
     with pytest.raises(CheckpointDamaged, match=rf"{path}: .*{reason}"):
         read_manifest(tmp_path)
 
@@ -146,7 +147,7 @@ def test_a_missing_field_is_named(tmp_path: Path) -> None:
     for key in fields:
         rest = {name: value for name, value in fields.items() if name != key}
         with pytest.raises(CheckpointDamaged, match=f"manifest.json: {key!r} is missing"):
-            decode(json.dumps(rest).encode(), tmp_path / "manifest.json")
+            decode(sealed(rest) if key != "sha256" else json.dumps(rest).encode(), tmp_path / "manifest.json")
 
 
 def test_a_cut_manifest_is_damaged(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from ps.errors import CheckpointDamaged, CheckpointWriteFailed, StorageError
-from ps.storage import ShardFileWriter, checkpoints, is_whole, shard_file_name
+from ps.storage import ShardFileWriter, checkpoints, shard_file_name, verify
 from ps.storage.files import sweep
 from ps.storage.shard_file import ShardFileReader, chunk_name
 from tests.support.checkpoints import make_arrays, make_table, names_in, write_checkpoint
@@ -129,7 +129,7 @@ def test_a_disk_that_fills_up_midway(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert names_in(tmp_path / "step-00000100") == []
     assert checkpoints(tmp_path) == [previous]
-    assert is_whole(previous)
+    assert verify(previous).version == 50
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Streams break, frames are late, work is dealt twice and again, fences move, workers leave: the same bits come out."""
+"""Streams break, frames are late, work is dealt twice and again, fences move, workers leave: the same bits come out.
+
+With real threads, which meet in shared memory where those of a simulation (tests/simulation) take turns.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,7 @@ STEPS = 10
 ROUGH = Weather(breaks=0.02, late=0.3, late_s=0.003, twice=0.3, again=0.05, fence=0.01, leave=0.005)
 
 KINDS = {
-    "frames": (Sharing.NEVER, False),
     "shared memory": (Sharing.AUTO, False),
-    "frames, eager": (Sharing.NEVER, True),
     "shared memory, eager": (Sharing.AUTO, True),
 }
 

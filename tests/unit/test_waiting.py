@@ -215,9 +215,9 @@ def test_a_checkpoint_names_the_shards_that_have_not_written(run: Deaf) -> None:
     run.disk = None
     reach(run, 3)
     assert waits(run)[-2:] == [("shard 0", "to write checkpoint 3"), ("shard 1", "to write checkpoint 3")]
-    run.machine.snapshot_written(1, 3, ("shard-1", "0" * 64, 10), "")
+    run.machine.snapshot_written(run.machine.fence, 1, 3, ("shard-1", "0" * 64, 10), "")
     assert waits(run)[-1] == ("shard 0", "to write checkpoint 3")
-    run.machine.snapshot_written(0, 3, ("shard-0", "0" * 64, 10), "")
+    run.machine.snapshot_written(run.machine.fence, 0, 3, ("shard-0", "0" * 64, 10), "")
     assert waits(run)[-1] == ("the coordinator", "to complete checkpoint 3")
 
 

@@ -132,6 +132,8 @@ def _lines(expected: Estimate, job: JobConfig) -> Iterator[tuple[str, str]]:
     yield "memory", _memory(expected.coordinator)
     for shard in _few(expected.shards):
         yield "", _memory(shard)
+    if expected.standbys:
+        yield "", f"a standby of each shard (cluster.standbys={expected.standbys}): as much as its shard"
     yield "", _memory(expected.worker, f"worker, each of {job.cluster.workers}")
     if expected.device is not None:
         yield "", _memory(expected.device)
@@ -140,6 +142,11 @@ def _lines(expected: Estimate, job: JobConfig) -> Iterator[tuple[str, str]]:
     yield "", f"all on one host: {_size(expected.host_bytes)}"
     yield "network", f"each step, in all: push {_size(expected.push_total)}, pull {_size(expected.pull_total)}"
     yield from (("", line) for line in _links(expected))
+    if expected.standbys:
+        yield "", f"to standbys: {_size(sum(expected.reduced_bytes))} each step"
+    if any(expected.journal_bytes):
+        each, most = sum(expected.reduced_bytes), sum(expected.journal_bytes)
+        yield "journals", f"{_size(each)} each step, of all shards; at most {_size(most)} (journal.max_bytes)"
     kept = expected.kept_checkpoints
     yield (
         "checkpoint",

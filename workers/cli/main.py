@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ps.errors import ConfigError, PsError
-from workers.cli import before, certs, export, inspect, plot, roles, status, train
+from workers.cli import audit, before, certs, chaos, checkpoint, export, inspect, plot, roles, status, train
 from workers.launch.processes import ERROR_PREFIX
 from workers.launch.slips import hint_for_option
 
@@ -42,6 +42,9 @@ _COMMANDS: tuple[Callable[..., int], ...] = (
 )
 for _command in _COMMANDS:
     app.command()(_command)
+app.command("audit")(audit.audit_run)
+app.command("chaos")(chaos.chaos)
+app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(certs.app, name="certs")
 
 

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from ps import failpoints
 from ps.config import RunConfig, from_json
 from ps.errors import ConfigError
 from ps.lifeline import Lifeline
@@ -191,6 +192,7 @@ def _begin(role: Role, rank: int | None, log_level: Level | None) -> None:
     """What every role does first: its environment, its log, its tie to the launcher."""
     environment.enter(role)
     logs.configure(role.value, rank, log_level or Level.INFO)
+    failpoints.enter(role.value if rank is None else f"{role.value}-{rank}")
     lifeline = Lifeline.from_environment()
     if lifeline is not None:
         lifeline.watch(_launcher_gone)

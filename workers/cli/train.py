@@ -14,8 +14,7 @@ import typer
 
 from ps.errors import ConfigError
 from ps.lifeline import Lifeline
-from ps.types import Role
-from ps.wire.security import CLIENT, Security, load_security, refuse_exposure
+from ps.wire.security import CLIENT, PROCESSES, Security, load_security, refuse_exposure
 from workers.cli import report
 from workers.cli.arguments import Job, Overrides, Run, require_worker_extra
 from workers.config import JobConfig
@@ -131,7 +130,7 @@ def _security(job: JobConfig) -> Security:
     """
     given = job.security.certificates or os.environ.get("WINDLASS_CERTIFICATES")
     insecure = job.security.insecure or "WINDLASS_INSECURE" in os.environ
-    for role in Role:
+    for role in PROCESSES:
         security = load_security(Path(given) if given else None, insecure, role)
         refuse_exposure(f"{job.launch.host}:0", security)
     return load_security(Path(given) if given else None, insecure, CLIENT)

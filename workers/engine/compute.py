@@ -90,6 +90,8 @@ class Contributor:
                 self._backward(step, contribution, loss * factor)
                 losses.append(loss.detach())
                 tokens += count
+                # Also where no layer waits for its own weights, what nobody wants any more is left between two slots.
+                self._steps.await_weights(None)
             loss, count = self._forward(step, contribution, slots[-1])
             # What no layer asked for may be pushed as well.
             self._steps.await_weights(None)

@@ -70,7 +70,8 @@ def _roles(job: JobConfig, arguments: Sequence[str], told: str, port: NextPort) 
     to += ["--certificates", str(security.certificates)] if security.certificates else []
     to += ["--insecure"] if security.insecure else []
     for index in range(job.cluster.shards):
-        yield ["shard", *to, "--index", str(index), *_listen(job, port(), port)]
+        for _ in range(1 + job.cluster.standbys):
+            yield ["shard", *to, "--index", str(index), *_listen(job, port(), port)]
     for _ in range(job.cluster.workers):
         yield ["worker", *to, *_listen(job, port(), port)]
 
@@ -83,7 +84,7 @@ def _listen(job: JobConfig, port: int, next_port: NextPort) -> list[str]:
 
 
 def _listeners(job: JobConfig) -> int:
-    roles = 1 + job.cluster.shards + job.cluster.workers
+    roles = 1 + job.cluster.shards * (1 + job.cluster.standbys) + job.cluster.workers
     return 2 * roles if job.telemetry.metrics else roles
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ps.sharding import Plan, make_plan
+from ps.storage.gradient_log import usual_limit
 from ps.types import WireDtype, slot_range
 from workers.config import JobConfig
 from workers.models.shapes import flops_per_token, parameter_table, saved_elements
@@ -76,6 +77,12 @@ class Estimate:
     wire_bytes: tuple[int, ...]
     #: By worker: the contributions that it computes in a step when they are dealt evenly.
     contributions: tuple[int, ...]
+    #: Processes of a shard besides the one that serves, each with as much memory.
+    standbys: int
+    #: What each shard sends to its standby in a step, FP32; and writes into its journal, if it has one.
+    reduced_bytes: tuple[int, ...]
+    #: By shard: what its journal takes at most, while the checkpoint is written with which it begins anew. 0: none.
+    journal_bytes: tuple[int, ...]
     checkpoint_bytes: int
     kept_checkpoints: int
     tokens_per_step: int
@@ -102,7 +109,7 @@ class Estimate:
     @property
     def host_bytes(self) -> int:
         """Memory of all processes, if they run on one host."""
-        roles = (self.coordinator, *self.shards, *[self.worker] * len(self.contributions))
+        roles = (self.coordinator, *self.shards * (1 + self.standbys), *[self.worker] * len(self.contributions))
         return sum(part.num_bytes for role in roles for part in role.parts if not part.borrowed)
 
 
@@ -132,6 +139,9 @@ def estimate(job: JobConfig) -> Estimate:
         device=_device(job, plan),
         wire_bytes=tuple(job.precision.wire.itemsize * size for size in sizes),
         contributions=_dealt(job),
+        standbys=job.cluster.standbys,
+        reduced_bytes=tuple(4 * size for size in sizes),
+        journal_bytes=tuple(_journal(job, size) for size in sizes),
         checkpoint_bytes=4 * arrays * plan.size,
         kept_checkpoints=job.checkpoint.keep,
         tokens_per_step=batch.micro_batches_per_step * batch.micro_batch_size * job.data.sequence_length,
@@ -154,6 +164,11 @@ def _shard(job: JobConfig, shard: int, size: int) -> RoleMemory:
         ),
         snapshot_bytes=min(MAX_COPY_BYTES, 4 * (1 + moments) * size),
     )
+
+
+def _journal(job: JobConfig, size: int) -> int:
+    """Two files: one is full when a checkpoint is asked for, and the next one grows until that is complete."""
+    return 2 * (job.journal.max_bytes or usual_limit(size)) if job.durability == "journal" else 0
 
 
 def _arriving(job: JobConfig, size: int) -> tuple[Part, ...]:

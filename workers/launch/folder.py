@@ -54,6 +54,10 @@ class RunFolder:
         return self.path / "trace.json"
 
     @property
+    def journal(self) -> Path:
+        return self.path / "journal"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 

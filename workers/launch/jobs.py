@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "training.",
     "evaluation.",
     "checkpoint.",
+    "journal.",
     "membership.",
     "telemetry.",
     "trace.",

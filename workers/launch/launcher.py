@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import queue
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
+from ps import failpoints
 from ps.errors import ConfigError, StartupError
 from ps.lifeline import ENVIRONMENT as LIFELINE
 from workers.config import JobConfig
@@ -66,12 +68,15 @@ class Launcher:
             job.launch.restart_limit,
             job.membership.start_timeout_s,
             job.checkpoint.timeout_s,
+            standbys=job.cluster.standbys,
         )
         self._processes: dict[Member, LoggedProcess] = {}
         self._listed: set[int] = set()
         self._address: str | None = None
         self._inherited: tuple[int, ...] = ()
         self._environment: dict[str, str] = {}
+        #: How many processes were started in each place: what goes wrong on purpose does so in one of them.
+        self._lives: Counter[Member] = Counter()
         self._end: End | None = None
 
     def run(self, fresh: bool) -> End:
@@ -225,6 +230,8 @@ class Launcher:
         if member in self._processes:
             self._processes.pop(member).kill()
         environment = role_environment(self._environment, member.role, on_glibc())
+        self._lives[member] += 1
+        environment[failpoints.LIFE_VARIABLE] = str(self._lives[member])
         command = self._command(member, self._address)
         log = self._folder.log(str(member))
         try:

@@ -70,6 +70,8 @@ class LocalCluster:
         self._folder = RunFolder(Path(self.job.run_dir))
         self._members = [COORDINATOR]
         self._members += [Member(Role.SHARD, index) for index in range(self.job.cluster.shards)]
+        if self.job.cluster.standbys:
+            self._members += [Member(Role.STANDBY, index) for index in range(self.job.cluster.shards)]
         self._members += [Member(Role.WORKER, rank) for rank in range(workers)]
         self._start_timeout_s = start_timeout_s
         self._requests: Requests | None = None
@@ -181,7 +183,8 @@ class LocalCluster:
         """Kill a process with SIGKILL and wait until it is gone; returns its pid.
 
         Args:
-            role: "coordinator", "shard" or "worker".
+            role: "coordinator", "shard", "standby" (the second process of a shard, whichever of the two serves) or
+                "worker".
             index: which shard or worker.
             restart: start it again at once, as `windlass train` does. False: `start` does that.
 

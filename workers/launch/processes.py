@@ -53,7 +53,7 @@ class RoleCommands:
         flags = ["--coordinator", coordinator, *security]
         if self.job.telemetry.metrics:
             flags += ["--metrics-listen", f"{self.job.telemetry.metrics_host}:0"]
-        if member.role is Role.SHARD:
+        if member.role in (Role.SHARD, Role.STANDBY):
             return windlass("shard", *flags, "--index", str(member.rank), "--listen", listen)
         return windlass("worker", *flags, "--rank", str(member.rank), "--listen", listen)
 

@@ -119,15 +119,24 @@ class Supervisor:
         restart_limit: deaths of one member within `LIMIT_WINDOW_S` that are put up with.
         start_timeout_s: seconds until the coordinator must be reachable.
         stop_timeout_s: seconds that the last checkpoint may take.
+        standbys: second processes of each shard; which of the two is the shard is up to the coordinator.
 
     Concurrency: one thread. `now` is in seconds of any clock that never goes back.
     """
 
     def __init__(
-        self, shards: int, workers: int, restart_limit: int, start_timeout_s: float, stop_timeout_s: float
+        self,
+        shards: int,
+        workers: int,
+        restart_limit: int,
+        start_timeout_s: float,
+        stop_timeout_s: float,
+        *,
+        standbys: int = 0,
     ) -> None:
         self.phase = Phase.STARTING
         self._others = [Member(Role.SHARD, index) for index in range(shards)]
+        self._others += [Member(Role.STANDBY, index) for index in range(shards if standbys else 0)]
         self._others += [Member(Role.WORKER, rank) for rank in range(workers)]
         self._restart_limit = restart_limit
         self._start_timeout_s = start_timeout_s

@@ -40,7 +40,7 @@ _NEED = (
     ("process",),
     ("metrics",),
 )
-_ROLES = ("coordinator", "shard", "worker")
+_ROLES = ("coordinator", "shard", "standby", "worker")
 
 
 def render(snapshot: Snapshot, width: int, height: int | None = None) -> RenderableType:

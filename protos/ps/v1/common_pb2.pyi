@@ -95,18 +95,22 @@ class ContributionReport(_message.Message):
     def __init__(self, contribution: _Optional[int] = ..., loss_sum: _Optional[float] = ..., tokens: _Optional[int] = ..., rank: _Optional[int] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class Prepared(_message.Message):
-    __slots__ = ("fence", "step", "shard", "square_sums", "contributions")
+    __slots__ = ("fence", "step", "shard", "square_sums", "contributions", "journal_full", "standby")
     FENCE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     SQUARE_SUMS_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
+    JOURNAL_FULL_FIELD_NUMBER: _ClassVar[int]
+    STANDBY_FIELD_NUMBER: _ClassVar[int]
     fence: Fence
     step: int
     shard: int
     square_sums: _containers.RepeatedScalarFieldContainer[float]
     contributions: _containers.RepeatedCompositeFieldContainer[ContributionReport]
-    def __init__(self, fence: _Optional[_Union[Fence, _Mapping]] = ..., step: _Optional[int] = ..., shard: _Optional[int] = ..., square_sums: _Optional[_Iterable[float]] = ..., contributions: _Optional[_Iterable[_Union[ContributionReport, _Mapping]]] = ...) -> None: ...
+    journal_full: bool
+    standby: int
+    def __init__(self, fence: _Optional[_Union[Fence, _Mapping]] = ..., step: _Optional[int] = ..., shard: _Optional[int] = ..., square_sums: _Optional[_Iterable[float]] = ..., contributions: _Optional[_Iterable[_Union[ContributionReport, _Mapping]]] = ..., journal_full: bool = ..., standby: _Optional[int] = ...) -> None: ...
 
 class Applied(_message.Message):
     __slots__ = ("fence", "step", "shard", "state_hash")

@@ -146,20 +146,32 @@ class Leave(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class SessionResponse(_message.Message):
-    __slots__ = ("cluster", "decision", "deal", "write_snapshot", "end", "foregone")
+    __slots__ = ("cluster", "decision", "deal", "write_snapshot", "end", "foregone", "replicate")
     CLUSTER_FIELD_NUMBER: _ClassVar[int]
     DECISION_FIELD_NUMBER: _ClassVar[int]
     DEAL_FIELD_NUMBER: _ClassVar[int]
     WRITE_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
     FOREGONE_FIELD_NUMBER: _ClassVar[int]
+    REPLICATE_FIELD_NUMBER: _ClassVar[int]
     cluster: Cluster
     decision: _common_pb2.Decision
     deal: Deal
     write_snapshot: WriteSnapshot
     end: End
     foregone: _common_pb2.Decision
-    def __init__(self, cluster: _Optional[_Union[Cluster, _Mapping]] = ..., decision: _Optional[_Union[_common_pb2.Decision, _Mapping]] = ..., deal: _Optional[_Union[Deal, _Mapping]] = ..., write_snapshot: _Optional[_Union[WriteSnapshot, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., foregone: _Optional[_Union[_common_pb2.Decision, _Mapping]] = ...) -> None: ...
+    replicate: Replicate
+    def __init__(self, cluster: _Optional[_Union[Cluster, _Mapping]] = ..., decision: _Optional[_Union[_common_pb2.Decision, _Mapping]] = ..., deal: _Optional[_Union[Deal, _Mapping]] = ..., write_snapshot: _Optional[_Union[WriteSnapshot, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ..., foregone: _Optional[_Union[_common_pb2.Decision, _Mapping]] = ..., replicate: _Optional[_Union[Replicate, _Mapping]] = ...) -> None: ...
+
+class Replicate(_message.Message):
+    __slots__ = ("fence", "address", "incarnation")
+    FENCE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    fence: _common_pb2.Fence
+    address: str
+    incarnation: int
+    def __init__(self, fence: _Optional[_Union[_common_pb2.Fence, _Mapping]] = ..., address: _Optional[str] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class Cluster(_message.Message):
     __slots__ = ("fence", "plan_digest", "shards", "contributions", "step", "applied", "loss_scale")
@@ -180,7 +192,7 @@ class Cluster(_message.Message):
     def __init__(self, fence: _Optional[_Union[_common_pb2.Fence, _Mapping]] = ..., plan_digest: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[_common_pb2.Member, _Mapping]]] = ..., contributions: _Optional[int] = ..., step: _Optional[int] = ..., applied: _Optional[int] = ..., loss_scale: _Optional[float] = ...) -> None: ...
 
 class Deal(_message.Message):
-    __slots__ = ("fence", "step", "applied", "loss_scale", "contributions", "evaluate", "initialize")
+    __slots__ = ("fence", "step", "applied", "loss_scale", "contributions", "evaluate", "initialize", "done")
     FENCE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     APPLIED_FIELD_NUMBER: _ClassVar[int]
@@ -188,6 +200,7 @@ class Deal(_message.Message):
     CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
     INITIALIZE_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
     fence: _common_pb2.Fence
     step: int
     applied: int
@@ -195,7 +208,8 @@ class Deal(_message.Message):
     contributions: _containers.RepeatedScalarFieldContainer[int]
     evaluate: _containers.RepeatedScalarFieldContainer[int]
     initialize: bool
-    def __init__(self, fence: _Optional[_Union[_common_pb2.Fence, _Mapping]] = ..., step: _Optional[int] = ..., applied: _Optional[int] = ..., loss_scale: _Optional[float] = ..., contributions: _Optional[_Iterable[int]] = ..., evaluate: _Optional[_Iterable[int]] = ..., initialize: bool = ...) -> None: ...
+    done: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, fence: _Optional[_Union[_common_pb2.Fence, _Mapping]] = ..., step: _Optional[int] = ..., applied: _Optional[int] = ..., loss_scale: _Optional[float] = ..., contributions: _Optional[_Iterable[int]] = ..., evaluate: _Optional[_Iterable[int]] = ..., initialize: bool = ..., done: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class WriteSnapshot(_message.Message):
     __slots__ = ("fence", "version")

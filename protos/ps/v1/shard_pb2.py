@@ -26,7 +26,7 @@ from protos.ps.v1 import common_pb2 as protos_dot_ps_dot_v1_dot_common__pb2
 from protos.ps.v1 import frame_pb2 as protos_dot_ps_dot_v1_dot_frame__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/ps/v1/shard.proto\x12\x0ewindlass.ps.v1\x1a\x19protos/ps/v1/common.proto\x1a\x18protos/ps/v1/frame.proto\"\x9e\x03\n\x10\x43onfigureRequest\x12\x37\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\'.windlass.ps.v1.ConfigureRequest.Action\x12$\n\x05\x66\x65nce\x18\x02 \x01(\x0b\x32\x15.windlass.ps.v1.Fence\x12\x0b\n\x03run\x18\x03 \x01(\t\x12\r\n\x05shard\x18\x04 \x01(\x04\x12\x12\n\nnum_shards\x18\x05 \x01(\x04\x12\r\n\x05table\x18\x06 \x01(\x0c\x12\x0b\n\x03job\x18\x07 \x01(\t\x12\x15\n\rcontributions\x18\x08 \x01(\x04\x12\x12\n\ncheckpoint\x18\t \x01(\t\x12\x17\n\x0fmanifest_sha256\x18\n \x01(\t\x12\x0c\n\x04step\x18\x0b \x01(\x04\x12\x0f\n\x07\x61pplied\x18\x0c \x01(\x04\x12\x12\n\nloss_scale\x18\r \x01(\x01\x12\x12\n\nnonce_file\x18\x0e \x01(\t\x12\r\n\x05nonce\x18\x0f \x01(\t\x12\x19\n\x11shards_on_machine\x18\x10 \x01(\x04\"*\n\x06\x41\x63tion\x12\x0b\n\x07INSPECT\x10\x00\x12\x08\n\x04LOAD\x10\x01\x12\t\n\x05SERVE\x10\x02\"\xd1\x01\n\x11\x43onfigureResponse\x12\x13\n\x0bplan_digest\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x11\n\thas_state\x18\x03 \x01(\x08\x12\x0f\n\x07version\x18\x04 \x01(\x04\x12\x0f\n\x07\x61pplied\x18\x05 \x01(\x04\x12/\n\rlast_decision\x18\x06 \x01(\x0b\x32\x18.windlass.ps.v1.Decision\x12,\n\nupdated_by\x18\x07 \x01(\x0b\x32\x18.windlass.ps.v1.Decision\"!\n\x0fSnapshotRequest\x12\x0e\n\x06\x63hunks\x18\x01 \x03(\x04\"\x14\n\x12ShardStatusRequest\"\xe6\x01\n\x13ShardStatusResponse\x12\x0b\n\x03run\x18\x01 \x01(\t\x12$\n\x05\x66\x65nce\x18\x02 \x01(\x0b\x32\x15.windlass.ps.v1.Fence\x12\r\n\x05shard\x18\x03 \x01(\x04\x12\r\n\x05phase\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\x04\x12\x0f\n\x07\x61pplied\x18\x06 \x01(\x04\x12\x12\n\nstate_hash\x18\x07 \x01(\x04\x12\x0e\n\x06\x63hunks\x18\x08 \x01(\x04\x12\x16\n\x0e\x63hunks_reduced\x18\t \x01(\x04\x12\x0f\n\x07missing\x18\n \x03(\x04\x12\x0f\n\x07streams\x18\x0b \x01(\x04\x32\xb0\x02\n\x05Shard\x12P\n\tConfigure\x12 .windlass.ps.v1.ConfigureRequest\x1a!.windlass.ps.v1.ConfigureResponse\x12<\n\x08\x45xchange\x12\x15.windlass.ps.v1.Frame\x1a\x15.windlass.ps.v1.Frame(\x01\x30\x01\x12\x44\n\x08Snapshot\x12\x1f.windlass.ps.v1.SnapshotRequest\x1a\x15.windlass.ps.v1.Frame0\x01\x12Q\n\x06Status\x12\".windlass.ps.v1.ShardStatusRequest\x1a#.windlass.ps.v1.ShardStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18protos/ps/v1/shard.proto\x12\x0ewindlass.ps.v1\x1a\x19protos/ps/v1/common.proto\x1a\x18protos/ps/v1/frame.proto\"\xc9\x03\n\x10\x43onfigureRequest\x12\x37\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\'.windlass.ps.v1.ConfigureRequest.Action\x12$\n\x05\x66\x65nce\x18\x02 \x01(\x0b\x32\x15.windlass.ps.v1.Fence\x12\x0b\n\x03run\x18\x03 \x01(\t\x12\r\n\x05shard\x18\x04 \x01(\x04\x12\x12\n\nnum_shards\x18\x05 \x01(\x04\x12\r\n\x05table\x18\x06 \x01(\x0c\x12\x0b\n\x03job\x18\x07 \x01(\t\x12\x15\n\rcontributions\x18\x08 \x01(\x04\x12\x12\n\ncheckpoint\x18\t \x01(\t\x12\x17\n\x0fmanifest_sha256\x18\n \x01(\t\x12\x0c\n\x04step\x18\x0b \x01(\x04\x12\x0f\n\x07\x61pplied\x18\x0c \x01(\x04\x12\x12\n\nloss_scale\x18\r \x01(\x01\x12\x12\n\nnonce_file\x18\x0e \x01(\t\x12\r\n\x05nonce\x18\x0f \x01(\t\x12\x19\n\x11shards_on_machine\x18\x10 \x01(\x04\x12\x0f\n\x07lineage\x18\x11 \x01(\x04\x12\x0c\n\x04keep\x18\x12 \x01(\x08\"6\n\x06\x41\x63tion\x12\x0b\n\x07INSPECT\x10\x00\x12\x08\n\x04LOAD\x10\x01\x12\t\n\x05SERVE\x10\x02\x12\n\n\x06\x46OLLOW\x10\x03\"\xf6\x01\n\x11\x43onfigureResponse\x12\x13\n\x0bplan_digest\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x11\n\thas_state\x18\x03 \x01(\x08\x12\x0f\n\x07version\x18\x04 \x01(\x04\x12\x0f\n\x07\x61pplied\x18\x05 \x01(\x04\x12/\n\rlast_decision\x18\x06 \x01(\x0b\x32\x18.windlass.ps.v1.Decision\x12,\n\nupdated_by\x18\x07 \x01(\x0b\x32\x18.windlass.ps.v1.Decision\x12\x0f\n\x07reduced\x18\x08 \x01(\x08\x12\x12\n\nstate_hash\x18\t \x01(\x04\"!\n\x0fSnapshotRequest\x12\x0e\n\x06\x63hunks\x18\x01 \x03(\x04\"\x14\n\x12ShardStatusRequest\"\xe6\x01\n\x13ShardStatusResponse\x12\x0b\n\x03run\x18\x01 \x01(\t\x12$\n\x05\x66\x65nce\x18\x02 \x01(\x0b\x32\x15.windlass.ps.v1.Fence\x12\r\n\x05shard\x18\x03 \x01(\x04\x12\r\n\x05phase\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\x04\x12\x0f\n\x07\x61pplied\x18\x06 \x01(\x04\x12\x12\n\nstate_hash\x18\x07 \x01(\x04\x12\x0e\n\x06\x63hunks\x18\x08 \x01(\x04\x12\x16\n\x0e\x63hunks_reduced\x18\t \x01(\x04\x12\x0f\n\x07missing\x18\n \x03(\x04\x12\x0f\n\x07streams\x18\x0b \x01(\x04\x32\xef\x02\n\x05Shard\x12P\n\tConfigure\x12 .windlass.ps.v1.ConfigureRequest\x1a!.windlass.ps.v1.ConfigureResponse\x12<\n\x08\x45xchange\x12\x15.windlass.ps.v1.Frame\x1a\x15.windlass.ps.v1.Frame(\x01\x30\x01\x12=\n\tReplicate\x12\x15.windlass.ps.v1.Frame\x1a\x15.windlass.ps.v1.Frame(\x01\x30\x01\x12\x44\n\x08Snapshot\x12\x1f.windlass.ps.v1.SnapshotRequest\x1a\x15.windlass.ps.v1.Frame0\x01\x12Q\n\x06Status\x12\".windlass.ps.v1.ShardStatusRequest\x1a#.windlass.ps.v1.ShardStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,17 +34,17 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.ps.v1.shard_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CONFIGUREREQUEST']._serialized_start=98
-  _globals['_CONFIGUREREQUEST']._serialized_end=512
-  _globals['_CONFIGUREREQUEST_ACTION']._serialized_start=470
-  _globals['_CONFIGUREREQUEST_ACTION']._serialized_end=512
-  _globals['_CONFIGURERESPONSE']._serialized_start=515
-  _globals['_CONFIGURERESPONSE']._serialized_end=724
-  _globals['_SNAPSHOTREQUEST']._serialized_start=726
-  _globals['_SNAPSHOTREQUEST']._serialized_end=759
-  _globals['_SHARDSTATUSREQUEST']._serialized_start=761
-  _globals['_SHARDSTATUSREQUEST']._serialized_end=781
-  _globals['_SHARDSTATUSRESPONSE']._serialized_start=784
-  _globals['_SHARDSTATUSRESPONSE']._serialized_end=1014
-  _globals['_SHARD']._serialized_start=1017
-  _globals['_SHARD']._serialized_end=1321
+  _globals['_CONFIGUREREQUEST']._serialized_end=555
+  _globals['_CONFIGUREREQUEST_ACTION']._serialized_start=501
+  _globals['_CONFIGUREREQUEST_ACTION']._serialized_end=555
+  _globals['_CONFIGURERESPONSE']._serialized_start=558
+  _globals['_CONFIGURERESPONSE']._serialized_end=804
+  _globals['_SNAPSHOTREQUEST']._serialized_start=806
+  _globals['_SNAPSHOTREQUEST']._serialized_end=839
+  _globals['_SHARDSTATUSREQUEST']._serialized_start=841
+  _globals['_SHARDSTATUSREQUEST']._serialized_end=861
+  _globals['_SHARDSTATUSRESPONSE']._serialized_start=864
+  _globals['_SHARDSTATUSRESPONSE']._serialized_end=1094
+  _globals['_SHARD']._serialized_start=1097
+  _globals['_SHARD']._serialized_end=1464
 # @@protoc_insertion_point(module_scope)

@@ -10,15 +10,17 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ConfigureRequest(_message.Message):
-    __slots__ = ("action", "fence", "run", "shard", "num_shards", "table", "job", "contributions", "checkpoint", "manifest_sha256", "step", "applied", "loss_scale", "nonce_file", "nonce", "shards_on_machine")
+    __slots__ = ("action", "fence", "run", "shard", "num_shards", "table", "job", "contributions", "checkpoint", "manifest_sha256", "step", "applied", "loss_scale", "nonce_file", "nonce", "shards_on_machine", "lineage", "keep")
     class Action(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         INSPECT: _ClassVar[ConfigureRequest.Action]
         LOAD: _ClassVar[ConfigureRequest.Action]
         SERVE: _ClassVar[ConfigureRequest.Action]
+        FOLLOW: _ClassVar[ConfigureRequest.Action]
     INSPECT: ConfigureRequest.Action
     LOAD: ConfigureRequest.Action
     SERVE: ConfigureRequest.Action
+    FOLLOW: ConfigureRequest.Action
     ACTION_FIELD_NUMBER: _ClassVar[int]
     FENCE_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +37,8 @@ class ConfigureRequest(_message.Message):
     NONCE_FILE_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
     SHARDS_ON_MACHINE_FIELD_NUMBER: _ClassVar[int]
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
     action: ConfigureRequest.Action
     fence: _common_pb2.Fence
     run: str
@@ -51,10 +55,12 @@ class ConfigureRequest(_message.Message):
     nonce_file: str
     nonce: str
     shards_on_machine: int
-    def __init__(self, action: _Optional[_Union[ConfigureRequest.Action, str]] = ..., fence: _Optional[_Union[_common_pb2.Fence, _Mapping]] = ..., run: _Optional[str] = ..., shard: _Optional[int] = ..., num_shards: _Optional[int] = ..., table: _Optional[bytes] = ..., job: _Optional[str] = ..., contributions: _Optional[int] = ..., checkpoint: _Optional[str] = ..., manifest_sha256: _Optional[str] = ..., step: _Optional[int] = ..., applied: _Optional[int] = ..., loss_scale: _Optional[float] = ..., nonce_file: _Optional[str] = ..., nonce: _Optional[str] = ..., shards_on_machine: _Optional[int] = ...) -> None: ...
+    lineage: int
+    keep: bool
+    def __init__(self, action: _Optional[_Union[ConfigureRequest.Action, str]] = ..., fence: _Optional[_Union[_common_pb2.Fence, _Mapping]] = ..., run: _Optional[str] = ..., shard: _Optional[int] = ..., num_shards: _Optional[int] = ..., table: _Optional[bytes] = ..., job: _Optional[str] = ..., contributions: _Optional[int] = ..., checkpoint: _Optional[str] = ..., manifest_sha256: _Optional[str] = ..., step: _Optional[int] = ..., applied: _Optional[int] = ..., loss_scale: _Optional[float] = ..., nonce_file: _Optional[str] = ..., nonce: _Optional[str] = ..., shards_on_machine: _Optional[int] = ..., lineage: _Optional[int] = ..., keep: bool = ...) -> None: ...
 
 class ConfigureResponse(_message.Message):
-    __slots__ = ("plan_digest", "incarnation", "has_state", "version", "applied", "last_decision", "updated_by")
+    __slots__ = ("plan_digest", "incarnation", "has_state", "version", "applied", "last_decision", "updated_by", "reduced", "state_hash")
     PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     HAS_STATE_FIELD_NUMBER: _ClassVar[int]
@@ -62,6 +68,8 @@ class ConfigureResponse(_message.Message):
     APPLIED_FIELD_NUMBER: _ClassVar[int]
     LAST_DECISION_FIELD_NUMBER: _ClassVar[int]
     UPDATED_BY_FIELD_NUMBER: _ClassVar[int]
+    REDUCED_FIELD_NUMBER: _ClassVar[int]
+    STATE_HASH_FIELD_NUMBER: _ClassVar[int]
     plan_digest: str
     incarnation: int
     has_state: bool
@@ -69,7 +77,9 @@ class ConfigureResponse(_message.Message):
     applied: int
     last_decision: _common_pb2.Decision
     updated_by: _common_pb2.Decision
-    def __init__(self, plan_digest: _Optional[str] = ..., incarnation: _Optional[int] = ..., has_state: bool = ..., version: _Optional[int] = ..., applied: _Optional[int] = ..., last_decision: _Optional[_Union[_common_pb2.Decision, _Mapping]] = ..., updated_by: _Optional[_Union[_common_pb2.Decision, _Mapping]] = ...) -> None: ...
+    reduced: bool
+    state_hash: int
+    def __init__(self, plan_digest: _Optional[str] = ..., incarnation: _Optional[int] = ..., has_state: bool = ..., version: _Optional[int] = ..., applied: _Optional[int] = ..., last_decision: _Optional[_Union[_common_pb2.Decision, _Mapping]] = ..., updated_by: _Optional[_Union[_common_pb2.Decision, _Mapping]] = ..., reduced: bool = ..., state_hash: _Optional[int] = ...) -> None: ...
 
 class SnapshotRequest(_message.Message):
     __slots__ = ("chunks",)

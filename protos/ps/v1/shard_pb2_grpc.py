@@ -46,6 +46,11 @@ class ShardStub(object):
                 request_serializer=protos_dot_ps_dot_v1_dot_frame__pb2.Frame.SerializeToString,
                 response_deserializer=protos_dot_ps_dot_v1_dot_frame__pb2.Frame.FromString,
                 _registered_method=True)
+        self.Replicate = channel.stream_stream(
+                '/windlass.ps.v1.Shard/Replicate',
+                request_serializer=protos_dot_ps_dot_v1_dot_frame__pb2.Frame.SerializeToString,
+                response_deserializer=protos_dot_ps_dot_v1_dot_frame__pb2.Frame.FromString,
+                _registered_method=True)
         self.Snapshot = channel.unary_stream(
                 '/windlass.ps.v1.Shard/Snapshot',
                 request_serializer=protos_dot_ps_dot_v1_dot_shard__pb2.SnapshotRequest.SerializeToString,
@@ -78,6 +83,13 @@ class ShardServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Replicate(self, request_iterator, context):
+        """A shard's stream to its standby: state and reduced gradients up, acknowledgements down.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Snapshot(self, request, context):
         """The whole state at the shard's present version: weights and each optimizer array of each chunk,
         in FP32. UNAVAILABLE: no state, or a step was applied while it was read; try again.
@@ -103,6 +115,11 @@ def add_ShardServicer_to_server(servicer, server):
             ),
             'Exchange': grpc.stream_stream_rpc_method_handler(
                     servicer.Exchange,
+                    request_deserializer=protos_dot_ps_dot_v1_dot_frame__pb2.Frame.FromString,
+                    response_serializer=protos_dot_ps_dot_v1_dot_frame__pb2.Frame.SerializeToString,
+            ),
+            'Replicate': grpc.stream_stream_rpc_method_handler(
+                    servicer.Replicate,
                     request_deserializer=protos_dot_ps_dot_v1_dot_frame__pb2.Frame.FromString,
                     response_serializer=protos_dot_ps_dot_v1_dot_frame__pb2.Frame.SerializeToString,
             ),
@@ -170,6 +187,33 @@ class Shard(object):
             request_iterator,
             target,
             '/windlass.ps.v1.Shard/Exchange',
+            protos_dot_ps_dot_v1_dot_frame__pb2.Frame.SerializeToString,
+            protos_dot_ps_dot_v1_dot_frame__pb2.Frame.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Replicate(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/windlass.ps.v1.Shard/Replicate',
             protos_dot_ps_dot_v1_dot_frame__pb2.Frame.SerializeToString,
             protos_dot_ps_dot_v1_dot_frame__pb2.Frame.FromString,
             options,

@@ -1,0 +1,322 @@
+"""A shard and its standby, with real kernels and a stream that can be cut: the same state after every step."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ps.errors import StaleFence
+from ps.shard import follower as follower_module
+from ps.shard import replicator as replicator_module
+from ps.shard.engine import ShardEngine
+from ps.shard.follower import FollowerStream
+from ps.types import Applied, Fence, Prepared
+from ps.wire import frame
+from ps.wire.messages import Mirror, parse_to_standby
+from tests.support.eventually import eventually
+from tests.support.shards import FENCE, RUN, TABLE, TIMEOUT_S, Rig, Told, make_config, rig
+
+LIFE = 4242
+
+
+class Pipe:
+    """A stream to a standby in this process: a thread each way, as gRPC has them."""
+
+    def __init__(
+        self, standby: ShardEngine, on_frame: Callable[[bytes], None], on_close: Callable[[str], None]
+    ) -> None:
+        self._talk = FollowerStream(standby, LIFE)
+        self._frames: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._on_frame, self._on_close = on_frame, on_close
+        self._is_cut = False
+        #: Frames that may arrive before `opened`; then all.
+        self.passing = -1
+        self.opened = threading.Event()
+        #: The kind of the last one that has.
+        self.received = ""
+        for work in (self._take, self._answer):
+            threading.Thread(target=work, daemon=True).start()
+
+    def send(self, encoded: bytes, timeout_s: float) -> bool:
+        del timeout_s
+        self._frames.put(encoded)
+        return True
+
+    def _take(self) -> None:
+        while (data := self._frames.get()) is not None and not self._is_cut:
+            if self.passing == 0:
+                assert self.opened.wait(TIMEOUT_S)
+            self.passing -= 1
+            self._talk.receive(data)
+            self.received = parse_to_standby(frame.decode(data)[0]).kind
+
+    def _answer(self) -> None:
+        for answer in self._talk.replies():
+            if not self._is_cut:
+                self._on_frame(answer)
+        self._on_close("cut")
+
+    def close(self) -> None:
+        self._is_cut = True
+        self._frames.put(None)
+        self._talk.close()
+
+
+class Pair:
+    """A shard at work, and an engine that follows it."""
+
+    def __init__(self, shard: Rig) -> None:
+        self.shard = shard
+        self.told = Told()
+        self.standby = ShardEngine(shard.config, RUN, TABLE, 0, shard.contributions)
+        self.standby.outbox = self.told.outbox()
+        self.pipes: list[Pipe] = []
+
+    def attach(self, keep: bool = False) -> None:
+        """What the coordinator does: the standby follows, and the shard hears of it."""
+        state, fence = self.shard.state, self.shard.fence
+        self.standby.follow(fence, state.version, state.applied, state.scaler.scale, keep)
+        plan = self.standby.plan.digest
+        self.shard.engine.replicate(Mirror(RUN, plan, fence.term, fence.epoch, 0, 1, LIFE), "somewhere", self._open)
+
+    def detach(self) -> None:
+        fence = self.shard.fence
+        greeting = Mirror(RUN, self.standby.plan.digest, fence.term, fence.epoch, 0, 1, 0)
+        self.shard.engine.replicate(greeting, "", self._open)
+
+    def _open(self, _address: str, on_frame: Any, on_close: Any) -> Any:
+        self.pipes.append(Pipe(self.standby, on_frame, on_close))
+        return self.pipes[-1]
+
+    @property
+    def is_joined(self) -> bool:
+        link = self.shard.engine._mirroring.link
+        return link is not None and link.is_joined
+
+    def await_joined(self) -> None:
+        eventually(lambda: self.is_joined, TIMEOUT_S, "the standby to be joined")
+
+    def step(self, **changes: Any) -> tuple[Prepared, Applied, Applied]:
+        """A whole step: the report that the decision is made from, and both acknowledgements."""
+        report = self.shard.push_step()
+        return (report, *self.decide(report, **changes))
+
+    def decide(self, report: Prepared, **changes: Any) -> tuple[Applied, Applied]:
+        decision = self.shard.decision(report, **changes)
+        assert self.standby.follower is not None
+        self.standby.follower.decide(decision)
+        return self.shard.tell(decision), self.told.applied.get(timeout=TIMEOUT_S)
+
+    def fill(self) -> None:
+        """Steps until the standby could take over."""
+        self.await_joined()
+        for _ in range(20):
+            report, mine, its = self.step()
+            if report.standby:
+                assert its.state_hash == mine.state_hash
+                return
+        raise AssertionError("the standby is never whole")
+
+    def assert_same(self) -> None:
+        mine, its = self.shard.engine.store, self.standby.store
+        assert its.state_hash == mine.state_hash
+        for chunk in self.shard.chunks:
+            for name, array in mine.arrays(chunk).items():
+                assert (its.arrays(chunk)[name] == array).all(), name
+            published = [store.frame(chunk, store.published[chunk.index]) for store in (mine, its)]
+            assert published[0] == published[1]
+
+    def close(self) -> None:
+        self.standby.close()
+        for pipe in self.pipes:
+            pipe.close()
+        assert self.told.failures == []
+
+
+@pytest.fixture(params=["fp16", "bf16"])
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
+    with rig(make_config(tmp_path, wire=request.param, threads=2)) as shard:
+        made = Pair(shard)
+        try:
+            yield made
+        finally:
+            made.close()
+
+
+def test_a_standby_is_filled_while_the_run_goes_on_and_stays_the_same(pair: Pair) -> None:
+    for _ in range(2):
+        pair.shard.run_step()
+    pair.attach()
+    pair.fill()
+    pair.assert_same()
+    assert pair.standby.has_state
+    for _ in range(3):
+        report, mine, its = pair.step()
+        assert report.standby == LIFE
+        assert (its.step, its.state_hash) == (mine.step, mine.state_hash)
+        pair.assert_same()
+
+
+def test_a_skipped_step_leaves_both_as_they_are(pair: Pair) -> None:
+    pair.attach()
+    pair.fill()
+    scale = pair.shard.state.scaler.scale
+    pair.step(skip=True, applied=pair.shard.state.applied, gradient_multiplier=0.0, next_loss_scale=scale / 2)
+    pair.assert_same()
+    assert pair.standby.protocol.loss_scale == pair.shard.engine.protocol.loss_scale == scale / 2
+    # What it holds is held.
+    assert pair.step()[0].standby == LIFE
+    pair.assert_same()
+
+
+def test_a_decision_comes_between_two_arrays_of_a_chunk(pair: Pair) -> None:
+    pair.attach()
+    pair.await_joined()
+    follower, pipe = pair.standby.follower, pair.pipes[-1]
+    assert follower is not None
+    decision = pair.shard.decision(pair.shard.push_step())
+    pipe.passing = 1
+    pair.shard.tell(decision)
+    eventually(lambda: pipe.received == "state", TIMEOUT_S, "an array to come")
+    follower.decide(decision)
+    assert pair.told.applied.get(timeout=TIMEOUT_S).step == decision.step
+    pipe.opened.set()
+    pair.fill()
+    pair.assert_same()
+
+
+def test_what_is_reduced_comes_before_the_decision_that_opens_its_step(pair: Pair) -> None:
+    pair.attach()
+    pair.await_joined()
+    follower = pair.standby.follower
+    assert follower is not None
+    decision = pair.shard.decision(pair.shard.push_step())
+    pair.shard.tell(decision)
+    for header, payload in pair.shard.pushes():
+        pair.shard.engine.push(header, payload)
+    with pytest.raises(queue.Empty):
+        pair.shard.told.prepared.get(timeout=0.3)
+    follower.decide(decision)
+    assert pair.told.applied.get(timeout=TIMEOUT_S).step == decision.step
+    assert pair.shard.told.next_prepared().standby == LIFE
+
+
+def test_the_shard_does_not_wait_for_a_standby_that_has_stopped(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicator_module, "STALL_S", 0.3)
+    pair.attach()
+    pair.fill()
+    pair.pipes[-1].passing = 0
+    report = pair.shard.push_step()
+    assert report.standby == 0
+    pair.pipes[0].opened.set()
+
+
+def test_a_stream_that_breaks_in_mid_step_is_made_good(pair: Pair) -> None:
+    pair.attach()
+    pair.fill()
+    first, *rest = pair.shard.pushes()
+    pair.shard.engine.push(*first)
+    pair.pipes[-1].close()
+    for header, payload in rest:
+        pair.shard.engine.push(header, payload)
+    report = pair.shard.told.next_prepared()
+    while not report.standby:
+        # It was told that nothing is known of the standby; then, once that is back, that it holds everything.
+        report = pair.shard.told.next_prepared()
+    mine, its = pair.decide(report)
+    assert mine.state_hash == its.state_hash
+    assert len(pair.pipes) >= 2
+    pair.assert_same()
+
+
+def test_a_standby_that_missed_a_step_begins_anew(pair: Pair) -> None:
+    pair.attach()
+    pair.fill()
+    pair.detach()
+    report = pair.shard.push_step()
+    assert report.standby == 0
+    pair.decide(report)
+    assert not pair.standby.has_state
+    pair.attach(keep=True)
+    pair.fill()
+    pair.assert_same()
+
+
+def test_the_shard_waits_for_its_standby_until_there_is_none_any_more(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair.attach()
+    pair.fill()
+    monkeypatch.setattr(follower_module.Follower, "take_step", lambda *_: None)
+    for header, payload in pair.shard.pushes():
+        pair.shard.engine.push(header, payload)
+    with pytest.raises(queue.Empty):
+        pair.shard.told.prepared.get(timeout=0.3)
+    pair.detach()
+    assert pair.shard.told.next_prepared().standby == 0
+
+
+def test_a_standby_serves_on_with_what_it_holds_of_the_open_step(pair: Pair) -> None:
+    pair.attach()
+    pair.fill()
+    report = pair.shard.push_step()
+    assert report.standby == LIFE
+    state, fence = pair.shard.state, Fence(FENCE.term, FENCE.epoch + 1)
+    pair.standby.adopt(fence)
+    assert (pair.standby.has_state, pair.standby.protocol.step) == (True, state.version)
+    pair.standby.serve(fence, state.version, state.applied, state.scaler.scale)
+    again = pair.told.next_prepared()
+    assert (again.fence, again.standby) == (fence, 0)
+    assert (again.square_sums, again.contributions) == (report.square_sums, report.contributions)
+    # Whoever pushes it again is told that it is held already.
+    pair.shard.fence = fence
+    header, payload = pair.shard.push(0, pair.shard.chunks[0])
+    accepted = pair.standby.push(header, payload)
+    assert (accepted.duplicate, accepted.conflicting, accepted.whole) == (True, False, True)
+    # Of the one whose place it has taken it hears nothing any more.
+    assert pair.standby.follower is None
+    decision = pair.shard.decision(again)
+    pair.standby.decide(decision)
+    assert pair.told.applied.get(timeout=TIMEOUT_S).step == decision.step
+
+
+def test_a_standby_that_holds_some_chunks_says_that_it_holds_no_state(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One chunk at a time.
+    monkeypatch.setattr(replicator_module, "MAX_STATE", 1)
+    monkeypatch.setattr(replicator_module.Link, "wants_state", _only_the_first)
+    pair.attach()
+    pair.await_joined()
+    for _ in range(3):
+        report, _, its = pair.step()
+        assert (report.standby, its.state_hash) == (0, 0)
+    assert not pair.standby.has_state
+    chunk = pair.shard.chunks[0]
+    assert (pair.standby.store.weights(chunk) == pair.shard.engine.store.weights(chunk)).all()
+
+
+def _only_the_first(link: Any, chunk: Any) -> bool:
+    return bool(link.is_joined and not link.holds(chunk) and chunk.index == 0)
+
+
+def test_what_an_older_fence_says_is_refused(pair: Pair) -> None:
+    pair.attach()
+    pair.fill()
+    newer = Fence(FENCE.term, FENCE.epoch + 1)
+    pair.standby.follow(newer, 0, 0, 1.0, True)
+    decision = pair.shard.decision(pair.shard.push_step())
+    assert pair.standby.follower is not None
+    with pytest.raises(StaleFence):
+        pair.standby.follower.decide(decision)
+    pipes = len(pair.pipes)
+    pair.pipes[-1].close()
+    eventually(lambda: len(pair.pipes) > pipes + 1, TIMEOUT_S, "the shard to try again")
+    assert not pair.is_joined
+    with pytest.raises(StaleFence, match="a standby under"):
+        pair.shard.engine.replicate(Mirror(RUN, "", newer.term, newer.epoch, 0, 1, LIFE), "x", pair._open)

@@ -1,0 +1,281 @@
+"""Who may take over for a shard, and what a step waits for because of it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ps.coordinator.actions import Action, Dismiss, Follow, Promoted, TellDecision, TellReplicate
+from ps.coordinator.members import MemberState
+from ps.coordinator.run import Phase
+from ps.coordinator.standbys import REJOIN_S
+from ps.errors import MismatchError, PeerUnavailable
+from ps.types import Applied, Prepared, Role
+from tests.support.fake_run import FakeRun, FakeShard, make_config
+
+
+class StandbyRun(FakeRun):
+    """Shards whose second processes follow them at once, and hold everything, unless a test says otherwise."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        self.standbys: dict[int, FakeShard] = {}
+        #: The life that each shard sends to.
+        self.sent_to: dict[int, int] = {}
+        #: Standbys that answer, and do not get what their shard sends.
+        self.cut_off: set[int] = set()
+        #: What standbys have to say, while they say nothing.
+        self.unsaid: list[Applied] | None = None
+        self.hash_of_standby = 0
+        super().__init__(*arguments, **named)
+
+    def join_process(self, index: int, life: int = 0) -> MemberState:
+        """A process of a shard registers and connects; it gets the seat that it is given."""
+        life = life or self._life()
+        self.machine.register(MemberState(Role.SHARD, index, life, address=f"p:{life}", ready=True), self.now)
+        member = self.machine.members.find(Role.SHARD, index, life)
+        assert member is not None
+        held = self.shards if member.role is Role.SHARD else self.standbys
+        if index not in held or held[index].incarnation != life:
+            held[index] = FakeShard(index, life)
+        self.machine.connect(member, self.now)
+        return member
+
+    def kill_shard(self, index: int) -> None:
+        self.machine.disconnect(self.member(Role.SHARD, index), self.now)
+        self.shards[index].silent = True
+
+    def step(self, seconds: float = 0.01) -> list[Action]:
+        for index in self.standbys:
+            found = self.machine.members.get(Role.STANDBY, index)
+            if found is not None and found.connected:
+                self.machine.seen(found, self.now + seconds)
+        return super().step(seconds)
+
+    def prepared_of(self, shard: FakeShard) -> Prepared:
+        standby = self.standbys.get(shard.index)
+        sent = self.sent_to.get(shard.index, 0)
+        holds = standby is not None and standby.incarnation == sent and shard.index not in self.cut_off
+        if standby is not None and holds:
+            standby.held, standby.has_state = set(shard.held), True
+        return replace(super().prepared_of(shard), standby=sent if holds else 0)
+
+    def _carry_out(self, action: Action) -> None:
+        if isinstance(action, TellDecision) and action.standby:
+            standby = self.standbys.get(action.shard)
+            if standby is None:
+                return
+            if action.decision.step >= standby.version:
+                standby.version, standby.last_decision, standby.held = action.decision.version, action.decision, set()
+            state_hash = self.hash_of_standby or 1000 + standby.version
+            report = Applied(self.machine.fence, action.decision.step, action.shard, state_hash)
+            if self.unsaid is not None:
+                self.unsaid.append(report)
+                return
+            self.machine.standbys.applied(report)
+        elif isinstance(action, Follow):
+            standby = self.standbys[action.shard]
+            if not action.keep:
+                standby.version, standby.has_state = action.state.version, False
+            self.machine.standbys.following(action.shard, standby.incarnation, action.fence, standby.version)
+        elif isinstance(action, TellReplicate):
+            self.sent_to[action.shard] = action.life
+        elif isinstance(action, Promoted):
+            self.shards[action.shard] = self.standbys.pop(action.shard)
+        else:
+            super()._carry_out(action)
+
+    def went_back(self) -> list[int]:
+        """The versions that were gone back to after the start."""
+        return [record["version"] for record in self.journal("rollback")[1:]]
+
+    def recorded(self) -> list[int]:
+        return [line["step"] for line in self.lines() if line["kind"] == "step"]
+
+    def in_sync(self, index: int = 0) -> int:
+        return self.machine.standbys.in_sync(index)
+
+    def await_standby(self, index: int = 0) -> None:
+        self.run(lambda: self.in_sync(index) != 0)
+        # The record is written.
+        self.step()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> StandbyRun:
+    config = make_config(tmp_path, cluster={"shards": 2, "workers": 2, "standbys": 1}, training={"steps": 1000})
+    made = StandbyRun(config)
+    made.everybody()
+    made.run_to(2)
+    return made
+
+
+def test_the_second_process_of_a_shard_stands_by(run: StandbyRun) -> None:
+    member = run.join_process(0)
+    assert (member.role, member.name) == (Role.STANDBY, "standby 0")
+    assert run.in_sync() == 0
+    run.await_standby()
+    assert run.in_sync() == member.incarnation
+    assert run.journal("standby") == [{"type": "standby", "shard": 0, "life": member.incarnation}]
+    with pytest.raises(MismatchError, match="shard 0 and its standby are there already"):
+        run.join_process(0)
+
+
+def test_two_processes_that_register_at_once_take_both_seats(tmp_path: Path) -> None:
+    """Neither has connected yet: the second one must not throw the first one out."""
+    run = StandbyRun(make_config(tmp_path, cluster={"shards": 1, "workers": 1, "standbys": 1}))
+    for life in (1, 2):
+        run.machine.register(MemberState(Role.SHARD, 0, life, ready=True), run.now)
+    found = [run.machine.members.find(Role.SHARD, 0, life) for life in (1, 2)]
+    assert [member.role for member in found if member is not None] == [Role.SHARD, Role.STANDBY]
+    with pytest.raises(PeerUnavailable):
+        run.machine.register(MemberState(Role.SHARD, 0, 3, ready=True), run.now)
+
+
+def test_the_run_does_not_end_before_the_last_step_is_recorded(tmp_path: Path) -> None:
+    config = make_config(tmp_path, cluster={"shards": 2, "workers": 2, "standbys": 1}, training={"steps": 6})
+    run = StandbyRun(config)
+    run.everybody()
+    run.join_process(0)
+    run.await_standby()
+    run.run_to(5)
+    run.unsaid = []
+    run.run_to(6)
+    run.settle(20)
+    assert not run.ended
+    assert run.recorded() == list(range(5))
+    for report in run.unsaid:
+        run.machine.standbys.applied(report)
+    run.run(lambda: run.ended)
+    assert run.recorded() == list(range(6))
+
+
+def test_nothing_is_decided_that_the_standby_does_not_hold(run: StandbyRun) -> None:
+    run.join_process(0)
+    run.await_standby()
+    run.cut_off.add(0)
+    # What was reported before is decided still.
+    run.settle(5)
+    before = run.machine.state.version
+    run.settle(50)
+    assert run.machine.state.version == before
+    run.cut_off.clear()
+    run.run_to(before + 2)
+
+
+def test_a_standby_that_its_shard_cannot_reach_is_given_up_after_a_lease(run: StandbyRun) -> None:
+    run.join_process(0)
+    run.await_standby()
+    run.cut_off.add(0)
+    before = run.machine.state.version
+    run.run(lambda: run.machine.state.version > before + 3, seconds=3 * run.config.membership.lease_s)
+    assert run.in_sync() == 0
+    assert run.journal("standby")[-1] == {"type": "standby", "shard": 0, "life": 0}
+
+
+def test_a_standby_takes_over_and_no_step_is_lost(run: StandbyRun, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    standby = run.join_process(0)
+    run.await_standby()
+    run.run_to(6)
+    run.kill_shard(0)
+    run.run(lambda: bool(run.of(Promoted)), seconds=0.2)
+    assert run.journal("promotion") == [{"type": "promotion", "shard": 0, "life": standby.incarnation, "in_sync": True}]
+    assert standby.role is Role.SHARD
+    run.run_to(9)
+    assert not run.went_back()
+    assert [decision.step for decision in run.decisions()] == list(range(9))
+    # Whoever was the shard has nothing to say any more; another process may stand by.
+    with pytest.raises(MismatchError, match="was replaced by a newer life"):
+        run.join_process(0, life=101)
+    assert run.join_process(0).role is Role.STANDBY
+    run.await_standby()
+
+
+def test_a_shard_that_dies_after_its_decision_leaves_it_to_the_standby(run: StandbyRun) -> None:
+    run.join_process(0)
+    run.await_standby()
+    # Of the decision neither process of the shard hears.
+    standby, shard = run.standbys[0], run.shards[0]
+    version = run.machine.state.version
+    run.run(lambda: run.machine.state.version == version + 1)
+    standby.version, standby.last_decision, standby.held = version, None, {0, 1}
+    shard.silent = True
+    run.kill_shard(0)
+    run.run_to(version + 4)
+    assert not run.went_back()
+
+
+def test_a_standby_whose_state_differs_is_dismissed_and_never_promoted(
+    run: StandbyRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    life = run.join_process(0).incarnation
+    run.await_standby()
+    run.hash_of_standby = 7
+    run.run(lambda: bool(run.of(Dismiss)))
+    assert "standby 0 holds another state than shard 0" in caplog.text
+    assert (run.in_sync(), run.machine.standbys.diverged) == (0, 1)
+    assert run.machine.members.get(Role.STANDBY, 0) is None
+    with pytest.raises(MismatchError, match="was replaced"):
+        run.join_process(0, life)
+    run.run_to(run.machine.state.version + 3)
+
+
+def test_a_standby_that_holds_too_little_is_not_promoted_while_the_shard_may_come_back(run: StandbyRun) -> None:
+    run.join_process(0)
+    run.cut_off.add(0)
+    run.settle(5)
+    run.kill_shard(0)
+    run.settle(100)
+    assert run.machine.phase is Phase.GATHERING or run.machine.members.missing_shards() == [0]
+    assert not run.of(Promoted)
+    # A new life of it takes its own seat.
+    run.cut_off.clear()
+    assert run.join_process(0).role is Role.SHARD
+
+
+def test_a_lost_standby_does_not_hold_the_run_up(run: StandbyRun) -> None:
+    member = run.join_process(0)
+    run.await_standby()
+    run.machine.disconnect(member, run.now)
+    del run.standbys[0]
+    before = run.machine.state.version
+    run.run(lambda: run.machine.state.version > before + 2, seconds=2.0)
+    assert run.in_sync() == 0
+
+
+def test_both_sit_where_they_sat_after_a_restart_of_the_coordinator(run: StandbyRun) -> None:
+    standby = run.join_process(0)
+    run.await_standby()
+    again = StandbyRun(run.config, run.records, list(run.checkpoints.values()), [], 2, {}, run.now + 1.0)
+    for index, shard in run.shards.items():
+        again.shards[index] = shard
+    again.standbys = run.standbys
+    # The standby first.
+    assert again.join_process(0, standby.incarnation).role is Role.STANDBY
+    assert again.in_sync() == standby.incarnation
+    for index in (0, 1):
+        assert again.join_process(index, run.shards[index].incarnation).role is Role.SHARD
+    again.join_worker(0)
+    again.run_to(run.machine.state.version + 3)
+    assert not again.went_back()
+    assert again.in_sync() == standby.incarnation
+
+
+def test_a_shard_that_died_with_the_coordinator_is_replaced_by_its_standby(run: StandbyRun) -> None:
+    standby = run.join_process(0)
+    run.await_standby()
+    again = StandbyRun(run.config, run.records, list(run.checkpoints.values()), [], 2, {}, run.now + 1.0)
+    again.shards[1], again.standbys = run.shards[1], run.standbys
+    again.join_process(0, standby.incarnation)
+    # A process that starts anew does not take the seat of a shard that may be about to come back.
+    with pytest.raises(PeerUnavailable, match="may be about to come back"):
+        again.join_process(0)
+    again.join_process(1, run.shards[1].incarnation)
+    again.join_worker(0)
+    again.run(lambda: bool(again.of(Promoted)), seconds=REJOIN_S + 0.5)
+    again.run_to(run.machine.state.version + 3)
+    assert not again.went_back()

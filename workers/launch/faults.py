@@ -1,0 +1,186 @@
+"""Faults for the processes of a run on this host: killed, stopped for a while, cut off from each other.
+
+Needs Linux, and processes of the same user: a connection is cut by shutting down a duplicate of its socket.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import random
+import re
+import signal
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from ps.errors import ConfigError
+
+#: System calls that Python has no name for; the same numbers on every architecture of Linux.
+_PIDFD_GETFD = 438
+_ESTABLISHED = "01"
+_SOCKET = re.compile(r"socket:\[(\d+)\]")
+
+
+class Kind(StrEnum):
+    """What is done to a process."""
+
+    KILL = "kill"
+    STOP = "stop"
+    CUT = "cut"
+
+
+@dataclass(frozen=True)
+class Process:
+    """A role of a run that is alive here."""
+
+    role: str
+    rank: int
+    pid: int
+
+    def __str__(self) -> str:
+        return f"{self.role} {self.rank} (pid {self.pid})"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is drawn for one fault: the same seed draws the same plans."""
+
+    kind: Kind
+    #: Of the role among those that are there, and of the process in it, in [0, 1).
+    role: float
+    member: float
+    #: How long a stopped process stays so, in seconds.
+    stop_s: float
+    #: Seconds until the fault, after the one before.
+    wait_s: float
+
+
+def plans(seed: int, kinds: Sequence[Kind], every_s: float, longest_stop_s: float) -> Iterator[Plan]:
+    """Draw faults without end.
+
+    Args:
+        seed: of the generator.
+        kinds: of which each is as likely.
+        every_s: between two faults, on average.
+        longest_stop_s: half of the stops are shorter than a tenth of it.
+    """
+    draw = random.Random(seed)
+    while True:
+        stop_s = longest_stop_s * draw.choice((0.1 * draw.random(), draw.random()))
+        yield Plan(draw.choice(list(kinds)), draw.random(), draw.random(), stop_s, draw.uniform(0.5, 1.5) * every_s)
+
+
+def alive(members: Sequence[dict[str, Any]]) -> list[Process]:
+    """The members of a cluster.json whose process runs on this host, in its order."""
+    found = []
+    for member in members:
+        pid, role = int(member.get("pid") or 0), str(member.get("role", ""))
+        if pid > 0 and _runs_windlass(pid):
+            found.append(Process(role, int(member.get("rank", 0)), pid))
+    return found
+
+
+def choose(plan: Plan, processes: Sequence[Process]) -> Process:
+    """Whom a fault strikes: each role is as likely, and in it each process."""
+    roles = sorted({process.role for process in processes})
+    role = roles[int(plan.role * len(roles))]
+    those = [process for process in processes if process.role == role]
+    return those[int(plan.member * len(those))]
+
+
+def strike(plan: Plan, process: Process) -> bool:
+    """Carry out a fault; False: the process was gone, or has no connection to cut."""
+    try:
+        if plan.kind is Kind.KILL:
+            os.kill(process.pid, signal.SIGKILL)
+            return True
+        if plan.kind is Kind.STOP:
+            return _stop(process.pid, plan.stop_s)
+    except ProcessLookupError:
+        return False
+    return cut(process.pid, plan.member)
+
+
+def _stop(pid: int, seconds: float) -> bool:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        time.sleep(seconds)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+    return True
+
+
+def cut(pid: int, which: float) -> bool:
+    """Cut one of a process's TCP connections, as a network that resets it would; False: it has none.
+
+    Args:
+        which: of them, in [0, 1).
+
+    Raises:
+        ConfigError: the kernel does not allow it.
+    """
+    connections = _connections(pid)
+    if not connections:
+        return False
+    process = os.pidfd_open(pid)
+    try:
+        descriptor = _duplicate(process, connections[int(which * len(connections))])
+    finally:
+        os.close(process)
+    if descriptor < 0:
+        return False
+    with socket.socket(fileno=descriptor) as connection, suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+    return True
+
+
+def _duplicate(process: int, descriptor: int) -> int:
+    """A duplicate of another process's descriptor; -1: it is closed by now."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    duplicate = int(libc.syscall(_PIDFD_GETFD, process, descriptor, 0))
+    if duplicate >= 0:
+        return duplicate
+    number = ctypes.get_errno()
+    if number in (errno.EBADF, errno.ESRCH):
+        return -1
+    raise ConfigError(
+        f"connections cannot be cut here: pidfd_getfd says {os.strerror(number)}; it needs Linux 5.6 and leave to "
+        "trace the run's processes (kernel.yama.ptrace_scope=0, or root). Leave them out: --kinds kill,stop"
+    )
+
+
+def _connections(pid: int) -> list[int]:
+    """The descriptors of a process's established TCP connections."""
+    inodes = set()
+    for table in ("tcp", "tcp6"):
+        with suppress(OSError):
+            for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == _ESTABLISHED:
+                    inodes.add(fields[9])
+    found = []
+    with suppress(OSError):
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                match = _SOCKET.fullmatch(str(entry.readlink()))
+                if match is not None and match[1] in inodes:
+                    found.append(int(entry.name))
+    return sorted(found)
+
+
+def _runs_windlass(pid: int) -> bool:
+    """Whether a process is a role, and not one that has got the number of one that died."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX" and (b"workers.cli.main" in command or b"windlass" in command)
