@@ -6,12 +6,14 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 STAMP := $(VENV)/.installed
 PROTO_VENV ?= .venv-protos
-BENCHMARKS := optimizer transport exchange training network scaling memory gpu
+SEEDS ?= 2000
+BENCHMARKS := optimizer transport exchange training network scaling stragglers memory recovery durability gpu
+FAULTS ?= 1000
 # The oldest grpcio-tools whose stubs the supported runtimes accept.
 GRPCIO_TOOLS := 1.76.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test e2e-compose check lint types imports protos protos-check format bench bench-check bench-baseline clean
+.PHONY: help setup train test simulate chaos e2e-compose check lint types imports protos protos-check format bench bench-check bench-baseline clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -31,6 +33,15 @@ train: setup  ## Train the default GPT on this host: 1 coordinator, 2 shards, 2 
 
 test: setup  ## Run all tests
 	$(BIN)/python -m pytest -q
+
+# `make simulate SEEDS=1000000` for a night; what fails is printed with its seed.
+simulate: setup  ## Run whole clusters on a simulated machine, 2,000 seeds unless SEEDS says otherwise; a tenth without standbys
+	PYTHONPATH=. $(BIN)/python -m tests.simulation --seeds $(SEEDS)
+	PYTHONPATH=. $(BIN)/python -m tests.simulation --seeds $$(( $(SEEDS) / 10 )) --standbys 0
+
+# Some 10 minutes for 100 faults; the report goes to runs/bench/chaos.json too.
+chaos: setup  ## Strike processes of a real run at random, 1,000 faults unless FAULTS says otherwise; compare the result
+	PYTHONPATH=. $(BIN)/python benchmarks/bench_chaos.py --faults $(FAULTS)
 
 # As root: it kills the containers' processes from outside. The variables of compose.yaml, such as TORCH_INDEX, count.
 e2e-compose: setup  ## Build the images, train in containers, kill some, see that nothing is left; needs Docker

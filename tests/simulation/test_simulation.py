@@ -1,0 +1,57 @@
+"""Seeds of whole runs, and that a seed is one run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.simulation.report import Summary, describe
+from tests.simulation.seeds import outcomes
+from tests.simulation.simulation import KINDS, simulate
+
+#: Seeds of one test; the normal suite runs a few, `make simulate` as many as it is told.
+BLOCK = 40
+BLOCKS = 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_goes_wrong_where_nothing_goes_wrong(kind: str) -> None:
+    outcome = simulate(0, kind=kind, calm=True)
+    assert outcome.wrong == []
+    assert outcome.faults == []
+
+
+@pytest.mark.parametrize(("block", "standbys"), [(0, 0), *((block, 1) for block in range(BLOCKS))])
+def test_every_run_ends_as_the_sequential_model_does(block: int, standbys: int) -> None:
+    summary = Summary()
+    for seed in range(block * BLOCK, (block + 1) * BLOCK):
+        outcome = simulate(seed, standbys=standbys)
+        summary.add(outcome)
+        assert not outcome.wrong, describe(simulate(seed, standbys=standbys, trace=True))
+    summary.check()
+
+
+def test_a_seed_is_one_run_whatever_the_process() -> None:
+    """Also with another order of hashing, and when it is traced."""
+    script = "from tests.simulation.simulation import simulate\nprint(simulate(7, trace=False).fingerprint)"
+    found = set()
+    for hash_seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        run = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+        )
+        found.add(int(run.stdout))
+    found.add(simulate(7, trace=True).fingerprint)
+    assert len(found) == 1
+
+
+def test_seeds_are_the_same_on_several_processes() -> None:
+    alone, shared = ({o.seed: o.fingerprint for o in outcomes(range(4), False, jobs)} for jobs in (1, 2))
+    assert alone == shared
+
+
+def test_other_seeds_are_other_runs() -> None:
+    assert simulate(1).fingerprint != simulate(2).fingerprint
