@@ -164,18 +164,21 @@ class Steps:
                     "step %d: work is overdue after %.0f s and is dealt again", self._run.state.version, timeout
                 )
         live = self._run.members.live_workers()
-        workers = live[: membership.max_workers] if not self.lacks_workers() else []
+        # A spare takes over from one that sends signs of life and nothing else, too.
+        late = self.dealing.late | (self.evaluation.dealing.late if self.evaluation else set())
+        first = sorted(live, key=late.__contains__)
+        workers = first[: membership.max_workers] if not self.lacks_workers() else []
         pace = self.pace.of(live)
         evaluate = self.evaluation.dealing.deal(workers, now) if self.evaluation else {}
         contributions = self.dealing.deal(workers, now, pace if membership.balance == "speed" else EVEN)
         # An evaluation comes before contributions, and is not what they take.
         seconds = membership.duplicate_late and self.evaluation is None
-        late = self.dealing.duplicate(workers, now, pace) if seconds else {}
-        for rank, also in late.items():
+        duplicated = self.dealing.duplicate(workers, now, pace) if seconds else {}
+        for rank, also in duplicated.items():
             step = self._run.state.version
             log.info("step %d: contributions %s are late: worker %d computes them too", step, also, rank)
             self.duplicated += len(also)
-        contributions |= late
+        contributions |= duplicated
         for rank in live:
             if all_workers or rank in evaluate or rank in contributions:
                 self._run.ask(
