@@ -109,6 +109,7 @@ class Effects:
         }
 
     def close(self) -> None:
+        self._recorder.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._nonce is not None:
             storage_proof.remove_nonce(self._machine.config.checkpoint_dir, self._nonce[0])
@@ -145,9 +146,7 @@ class Effects:
         self._journal.append({**action.record, "at": time.time()}, sync=action.sync)
 
     def _record(self, action: actions.Record) -> None:
-        failpoints.hit("record.before", action.line["kind"])
         self._recorder.record(action.line)
-        failpoints.hit("record.after", action.line["kind"])
         self._say(action.line)
         _export(action.line)
 
@@ -162,6 +161,11 @@ class Effects:
 
     def _rewind(self, action: actions.Rewind) -> None:
         self._recorder.rewind(action.version)
+    def catch_up(self) -> None:
+        """Write what a disk that failed has kept from being written."""
+        self._recorder.catch_up()
+        metrics.METRICS_BEHIND.set(self._recorder.behind)
+
 
     def members_changed(self) -> None:
         """Write cluster.json and targets.json."""
