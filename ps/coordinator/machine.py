@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from ps.config import RunConfig
-from ps.coordinator.actions import Journal, MembersChanged, TellCluster, TellDeal, TellSnapshot
+from ps.coordinator.actions import Dismiss, Journal, MembersChanged, TellCluster, TellDeal, TellSnapshot
 from ps.coordinator.history import History
 from ps.coordinator.members import MemberState
 from ps.coordinator.recovery import Candidate, describe_newest
@@ -69,6 +69,7 @@ class Machine(Run):
             log.info("%s has come back in a new life", member.name)
             left = member.role is Role.WORKER and before.met and not before.ready
             self._lost(before, "was replaced", asked=left)
+            self.ask(Dismiss(before.incarnation, f"{before.name} was replaced by a newer life of it"))
         if self.members.find(member.role, rank, member.incarnation) is member:
             self.ask(Journal({"type": "member", "role": str(member.role), "rank": rank, "life": member.incarnation}))
             if member.role is Role.SHARD:

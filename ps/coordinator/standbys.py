@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from ps.coordinator.actions import Dismiss, Follow, Journal, Promoted, TellReplicate
+from ps.coordinator.actions import Dismiss, Follow, Journal, TellReplicate
 from ps.coordinator.members import MemberState
 from ps.coordinator.run import Phase, Run
 from ps.types import Applied, Decision, Fence, Prepared, Role
@@ -189,6 +189,7 @@ class Standbys:
                 return shard
         return None
 
+        before = self._run.members.get(Role.SHARD, shard)
     def _promote(self, shard: int) -> None:
         held = self.in_sync(shard)
         member = self._run.members.promote(shard)
@@ -202,7 +203,8 @@ class Standbys:
         )
         self._note(shard, 0)
         self._run.snapshots.lose(shard, self._run.state.version)
-        self._run.ask(Promoted(shard))
+        if before is not None:
+            self._run.ask(Dismiss(before.incarnation, f"{before.name} was replaced by a newer life of it"))
 
     def _follow(self, shard: int, now: float) -> None:
         primary = self._run.members.get(Role.SHARD, shard)
@@ -232,7 +234,7 @@ class Standbys:
         member = self._run.members.get(Role.STANDBY, shard)
         self._forget(shard, "is dismissed")
         if member is not None:
-            self._run.ask(Dismiss(Role.STANDBY, shard, reason))
+            self._run.ask(Dismiss(member.incarnation, reason))
             self._run.members.remove(member)
 
     def _note(self, shard: int, life: int) -> None:
