@@ -63,6 +63,7 @@ class Steps:
     def applied(self, report: Applied) -> None:
         if report.fence == self._run.fence:
             self._applied[report.shard] = report
+            self._standbys.shard_applied(report)
 
     def contributed(
         self,
@@ -99,7 +100,7 @@ class Steps:
 
     def note_applied(self, shard: int, state_hash: int = 0) -> None:
         """A shard at the present version has nothing left to acknowledge."""
-        self._applied[shard] = Applied(self._run.fence, self._run.state.version - 1, shard, state_hash)
+        self.applied(Applied(self._run.fence, self._run.state.version - 1, shard, state_hash))
 
     def lose(self, rank: int) -> list[int]:
         """Take back what a worker had not finished; returns its contributions."""
@@ -302,7 +303,6 @@ class Steps:
         decision = self._run.last_decision
         if decision is None or decision.step in self._run.history.recorded or not self._is_carried_out():
             return
-        self._standbys.compare(decision.step, {shard: self._applied[shard].state_hash for shard in self._run.shards})
         self._run.history.recorded.add(decision.step)
         self.dealing.begin(now)
         seconds = now - self._closed_at if self._closed_at is not None else None
