@@ -251,7 +251,7 @@ class Steps:
         shards = self._run.config.cluster.shards
         return (
             len(self._reports) == shards
-            and all(map(self._standbys.covers, self._reports.values()))
+            and not self.not_covered()
             and self._is_carried_out()
             and self.evaluation is None
             and self._run.snapshots.has_first()
@@ -262,12 +262,20 @@ class Steps:
 
     def _is_carried_out(self) -> bool:
         """Whether every shard, and every standby that may take over, has acknowledged the last decision."""
-        return self._all_applied() and not self._standbys.not_applied(self._run.state.version - 1)
+        return self._all_applied() and not self.standbys_not_applied()
 
     def not_applied(self) -> list[int]:
         """The shards that have not acknowledged the last decision."""
         wanted = self._run.state.version - 1
         return [s for s in self._run.shards if s not in self._applied or self._applied[s].step != wanted]
+
+    def standbys_not_applied(self) -> list[int]:
+        """The shards whose standby, which may take over, has not acknowledged the last decision."""
+        return self._standbys.not_applied(self._run.state.version - 1)
+
+    def not_covered(self) -> list[int]:
+        """The shards that have reported the open step, which their standby, which may take over, does not hold."""
+        return [shard for shard, report in self._reports.items() if not self._standbys.covers(report)]
 
     def not_prepared(self) -> list[int]:
         """The shards that have not reported the open step."""
