@@ -313,6 +313,8 @@ class Steps:
             return
         self._run.history.recorded.add(decision.step)
         self.dealing.begin(now)
+        # For people: with the time that does not count for leases.
+        now += self._run.away_s
         seconds = now - self._closed_at if self._closed_at is not None else None
         self._closed_at = now
         hashes = [self._applied[shard].state_hash for shard in self._run.shards]
