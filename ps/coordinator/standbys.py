@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from ps.coordinator.actions import Dismiss, Follow, Journal, Promoted, TellReplicate
+from ps.coordinator.actions import Dismiss, Follow, Journal, TellReplicate
 from ps.coordinator.members import MemberState
 from ps.coordinator.run import Phase, Run
 from ps.types import Applied, Decision, Fence, Prepared, Role
@@ -46,6 +46,8 @@ class Standbys:
     def __init__(self, run: Run, now: float) -> None:
         self._run = run
         self._following: dict[int, _Following] = {}
+        #: The last decision that each shard has carried out.
+        self._shards: dict[int, Applied] = {}
         self._retry_at: dict[int, float] = {}
         #: Since when a report waits for its standby.
         self._uncovered: dict[int, float] = {}
@@ -77,6 +79,12 @@ class Standbys:
         known = self._following.get(report.shard)
         if known is not None and report.fence == self._run.fence:
             known.applied = report
+            self._compare(report.shard)
+
+    def shard_applied(self, report: Applied) -> None:
+        """A shard has carried out a decision, under the present fence."""
+        self._shards[report.shard] = report
+        self._compare(report.shard)
 
     def following(self, shard: int, life: int, fence: Fence, version: int) -> None:
         """A standby follows; the shard is told where it is."""
@@ -120,17 +128,6 @@ class Standbys:
                 behind.append(shard)
         return behind
 
-    def compare(self, step: int, hashes: dict[int, int]) -> None:
-        """Hold the standbys' states against the shards', all of them after the same decision."""
-        for shard, known in list(self._following.items()):
-            applied = known.applied
-            if self.in_sync(shard) != known.life or applied is None or applied.step != step:
-                continue
-            if hashes.get(shard) and applied.state_hash and applied.state_hash != hashes[shard]:
-                self.diverged += 1
-                log.error("standby %d holds another state than shard %d after step %d", shard, shard, step)
-                self._dismiss(shard, f"its state after step {step} is not that of shard {shard}")
-
     # -- Messages -------------------------------------------------------------------------------
 
     def tell_decision(self, shard: int, decision: Decision) -> None:
@@ -152,6 +149,7 @@ class Standbys:
     def reset(self, rolled_back: bool) -> None:
         """Another fence: whoever follows is told again; after a rollback from the beginning."""
         self._following.clear()
+        self._shards.clear()
         self._retry_at.clear()
         self._uncovered.clear()
         if rolled_back:
@@ -191,6 +189,7 @@ class Standbys:
 
     def _promote(self, shard: int) -> None:
         held = self.in_sync(shard)
+        before = self._run.members.get(Role.SHARD, shard)
         member = self._run.members.promote(shard)
         log.warning("standby %d takes over as shard %d", shard, shard)
         self.takeovers += 1
@@ -202,7 +201,8 @@ class Standbys:
         )
         self._note(shard, 0)
         self._run.snapshots.lose(shard, self._run.state.version)
-        self._run.ask(Promoted(shard))
+        if before is not None:
+            self._run.ask(Dismiss(before.incarnation, f"{before.name} was replaced by a newer life of it"))
 
     def _follow(self, shard: int, now: float) -> None:
         primary = self._run.members.get(Role.SHARD, shard)
@@ -228,11 +228,26 @@ class Standbys:
         if self._following.pop(shard, None) is not None and self._run.phase is Phase.RUNNING:
             self.tell_replicate(shard)
 
+    def _compare(self, shard: int) -> None:
+        """Hold a standby's state against its shard's as soon as both are known, after the same decision.
+
+        Not later: the shard may die before the others have carried it out, and the standby would take its place.
+        """
+        known, of_shard = self._following.get(shard), self._shards.get(shard)
+        applied = known.applied if known is not None else None
+        if applied is None or of_shard is None or applied.step != of_shard.step:
+            return
+        # A standby that does not hold everything says 0, and so does a shard at its initial values.
+        if applied.state_hash and of_shard.state_hash and applied.state_hash != of_shard.state_hash:
+            self.diverged += 1
+            log.error("standby %d holds another state than shard %d after step %d", shard, shard, applied.step)
+            self._dismiss(shard, f"its state after step {applied.step} is not that of shard {shard}")
+
     def _dismiss(self, shard: int, reason: str) -> None:
         member = self._run.members.get(Role.STANDBY, shard)
         self._forget(shard, "is dismissed")
         if member is not None:
-            self._run.ask(Dismiss(Role.STANDBY, shard, reason))
+            self._run.ask(Dismiss(member.incarnation, reason))
             self._run.members.remove(member)
 
     def _note(self, shard: int, life: int) -> None:
