@@ -100,8 +100,8 @@ class Machine(Run):
             self.standbys.tell_replicate(member.rank)
             if self.snapshots.is_pending(self.state.version):
                 self.ask(TellSnapshot(member.rank, self.fence, self.state.version))
-        if member.role is Role.STANDBY and self.phase is Phase.RUNNING and self.last_decision is not None:
-            self.standbys.tell_decision(member.rank, self.last_decision)
+        if member.role is Role.STANDBY and self.phase is Phase.RUNNING:
+            self.standbys.connected(member.rank)
 
     def started(self, member: MemberState, now: float) -> None:
         """A shard can be configured from now on."""

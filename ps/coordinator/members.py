@@ -102,7 +102,8 @@ class Members:
             return Role.STANDBY
         if primary is None:
             expected = self.expected.get(shard, 0)
-            if life == expected or not expected or now >= self.expected_until:
+            has_heir = standby is not None and standby.live and standby.incarnation == in_sync
+            if life == expected or (not has_heir and (not expected or now >= self.expected_until)):
                 return Role.SHARD
         elif not self._holds_rank(primary, now) and (standby is None or standby.incarnation != in_sync):
             return Role.SHARD

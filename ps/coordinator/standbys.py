@@ -34,6 +34,8 @@ class _Following:
     primary: int
     fence: Fence
     keep: bool
+    #: The open step when it was told. What it holds of that one, if it begins anew, nobody has said since.
+    told_at: int
     #: Its answer has come, and the shard knows of it.
     answered: bool = False
     #: The last decision that it has carried out.
@@ -56,6 +58,10 @@ class Standbys:
         self.diverged = 0
         #: Standbys that became the shard.
         self.takeovers = 0
+        if not run.members.has_standbys:
+            # The run goes on without those that it had.
+            for shard in list(run.history.standbys):
+                self._note(shard, 0)
 
     def in_sync(self, shard: int) -> int:
         """The life of the standby that holds the same as the shard; 0: none does."""
@@ -69,6 +75,9 @@ class Standbys:
         member = self._run.members.get(Role.STANDBY, shard)
         known = self._following.get(shard)
         if not report.standby or member is None or not member.live or known is None or not known.answered:
+            return
+        if not known.keep and report.step <= known.told_at:
+            # It may be the report of what the standby held before it was told to begin anew.
             return
         if report.standby == member.incarnation == known.life and self.in_sync(shard) != report.standby:
             log.info("standby %d holds the same as shard %d, and may take over", shard, shard)
@@ -109,6 +118,15 @@ class Standbys:
             log.warning("standby %d does not follow: %s", shard, why)
             self._forget(shard, "does not answer")
 
+    def connected(self, shard: int) -> None:
+        """A standby's session is open: it is told again what it may have missed."""
+        known, last = self._following.get(shard), self._run.last_decision
+        if known is not None and self.in_sync(shard) != known.life:
+            # Nothing waits for it: it may have missed more than the last decision.
+            self._forget(shard, "has lost its connection")
+        elif last is not None:
+            self.tell_decision(shard, last)
+
     def lose(self, member: MemberState) -> None:
         """A standby is gone."""
         self._forget(member.rank, "is gone")
@@ -146,15 +164,12 @@ class Standbys:
 
     # -- Progress -------------------------------------------------------------------------------
 
-    def reset(self, rolled_back: bool) -> None:
-        """Another fence: whoever follows is told again; after a rollback from the beginning."""
+    def reset(self) -> None:
+        """Another fence: whoever follows is told again; after a rollback nobody is in sync, and all begin anew."""
         self._following.clear()
         self._shards.clear()
         self._retry_at.clear()
         self._uncovered.clear()
-        if rolled_back:
-            for shard in list(self._run.history.standbys):
-                self._note(shard, 0)
 
     def advance(self, reports: dict[int, Prepared], now: float) -> None:
         """Have standbys follow; give up one that its shard cannot reach."""
@@ -175,13 +190,16 @@ class Standbys:
             primary, standby = members.get(Role.SHARD, shard), members.get(Role.STANDBY, shard)
             if standby is None or not standby.live:
                 continue
+            holds, lease_s = standby.incarnation == self.in_sync(shard), self._run.config.membership.lease_s
             if primary is None:
-                gone = now - self._started_at > REJOIN_S
-            elif standby.incarnation == self.in_sync(shard):
-                gone = primary.served or now - primary.last_seen > self._run.config.membership.lease_s
+                gone = now - self._started_at > (REJOIN_S if holds else lease_s)
+            elif holds:
+                # Whether it holds the same is known a moment later where the shard was faster with its last words.
+                known = primary.served and not self._lags(shard)
+                gone = known or now - primary.last_seen > lease_s
             else:
                 # It holds nothing, as whoever comes in the shard's place; but that one may have a journal.
-                gone = not primary.connected and now - primary.last_seen > self._run.config.membership.lease_s
+                gone = not primary.connected and now - primary.last_seen > lease_s
             if gone:
                 self._promote(shard)
                 return shard
@@ -216,7 +234,9 @@ class Standbys:
             return
         self._retry_at[shard] = now + RETRY_S
         keep = self.in_sync(shard) == standby.incarnation
-        self._following[shard] = _Following(standby.incarnation, primary.incarnation, self._run.fence, keep)
+        self._following[shard] = _Following(
+            standby.incarnation, primary.incarnation, self._run.fence, keep, self._run.state.version
+        )
         self._run.ask(Follow(shard, self._run.fence, self._run.state, keep))
 
     def _forget(self, shard: int, why: str) -> None:
@@ -242,6 +262,13 @@ class Standbys:
             self.diverged += 1
             log.error("standby %d holds another state than shard %d after step %d", shard, shard, applied.step)
             self._dismiss(shard, f"its state after step {applied.step} is not that of shard {shard}")
+
+    def _lags(self, shard: int) -> bool:
+        """Whether a shard has carried out a decision that its standby has not."""
+        known, of_shard = self._following.get(shard), self._shards.get(shard)
+        if known is None or known.applied is None or of_shard is None:
+            return False
+        return known.applied.step < of_shard.step
 
     def _dismiss(self, shard: int, reason: str) -> None:
         member = self._run.members.get(Role.STANDBY, shard)

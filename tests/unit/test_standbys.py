@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from protos.ps.v1.common_pb2 import Member
-from ps.coordinator.actions import Dismiss
+from ps.coordinator.actions import Dismiss, Follow, TellDecision
 from ps.coordinator.members import MemberState
 from ps.coordinator.run import Phase
 from ps.coordinator.standbys import REJOIN_S
 from ps.coordinator.status import status
 from ps.errors import MismatchError, PeerUnavailable
 from ps.types import Role
-from tests.support.fake_run import make_config
+from tests.support.fake_run import FakeRun, FakeShard, make_config
 from tests.support.standby_run import StandbyRun
 
 
@@ -256,3 +256,122 @@ def test_a_shard_that_died_with_the_coordinator_is_replaced_by_its_standby(run: 
     again.run(lambda: bool(again.promoted()), seconds=REJOIN_S + 0.5)
     again.run_to(run.machine.state.version + 3)
     assert not again.went_back()
+
+
+def test_a_run_goes_on_without_the_standbys_that_it_had(tmp_path: Path) -> None:
+    """Everything was killed, and is resumed with cluster.standbys=0; the shard comes back with its journal."""
+    one = {"shards": 1, "workers": 1, "standbys": 1}
+    run = StandbyRun(make_config(tmp_path, cluster=one, training={"steps": 1000}, durability="journal"))
+    run.everybody()
+    run.run_to(2)
+    run.join_process(0)
+    run.await_standby()
+    run.run_to(5)
+    held = run.shards[0]
+    reborn = FakeShard(0, 4711, has_state=True, version=held.version, last_decision=held.last_decision)
+    without = make_config(tmp_path, cluster={**one, "standbys": 0}, training={"steps": 1000}, durability="journal")
+    after = FakeRun(without, run.records, list(run.checkpoints.values()), [], 2, {0: reborn}, run.now + 1.0)
+    after.everybody()
+    after.run_to(8)
+    assert after.journal("standby")[-1]["life"] == 0
+
+
+def test_an_old_report_does_not_let_a_standby_take_over_that_begins_anew(run: StandbyRun) -> None:
+    """Its session broke for too long; the shard says again what it said of what the standby held before."""
+    standby = run.join_process(0)
+    run.await_standby()
+    # The open step waits for the other shard.
+    run.shards[1].silent = True
+    run.settle()
+    told = run.prepared_of(run.shards[0])
+    assert told.standby == standby.incarnation
+    run.machine.disconnect(standby, run.now)
+    run.run(lambda: run.in_sync() == 0)
+    run.join_process(0, standby.incarnation)
+    run.run(lambda: not run.standbys[0].has_state)
+    run.machine.steps.prepared(told)
+    assert run.in_sync() == 0
+
+
+def test_a_standby_that_nothing_waits_for_begins_anew_when_it_was_away(run: StandbyRun) -> None:
+    """It may have missed more than the decision that is told again."""
+    run.cut_off.add(0)
+    standby = run.join_process(0)
+    run.run(lambda: bool(run.of(Follow)))
+    run.machine.disconnect(standby, run.now)
+    run.join_process(0, standby.incarnation)
+    run.run(lambda: len(run.of(Follow)) == 2)
+    assert not run.of(Follow)[-1].keep
+
+
+def test_a_standby_in_sync_that_was_away_is_told_the_last_decision_again(run: StandbyRun) -> None:
+    standby = run.join_process(0)
+    run.await_standby()
+    run.machine.disconnect(standby, run.now)
+    told = len(run.of(TellDecision))
+    run.join_process(0, standby.incarnation)
+    run.step(0.0)
+    assert [action.standby for action in run.of(TellDecision)[told:]][:1] == [True]
+    assert run.in_sync() == standby.incarnation
+
+
+def test_a_standby_does_not_take_over_before_it_is_known_to_hold_the_same(run: StandbyRun) -> None:
+    """The shard has said what it holds, and died before its standby had carried the decision out."""
+    run.join_process(0)
+    run.await_standby()
+    run.unsaid, run.hash_of_standby = [], 7
+    run.run(lambda: bool(run.unsaid))
+    run.settle()
+    run.kill_shard(0)
+    run.run(lambda: not run.member(Role.SHARD, 0).live)
+    run.settle()
+    assert run.promoted() == []
+    for report in run.unsaid:
+        run.machine.standbys.applied(report)
+    run.settle()
+    assert run.promoted() == []
+    assert run.machine.standbys.diverged == 1
+
+
+def test_the_place_of_a_shard_is_not_given_away_while_its_standby_is_there(run: StandbyRun) -> None:
+    """Coordinator and shard died together; the shard's new process asks at the very moment in which it may."""
+    standby = run.join_process(0)
+    run.await_standby()
+    began = run.now + 1.0
+    again = StandbyRun(run.config, run.records, list(run.checkpoints.values()), [], 2, {1: run.shards[1]}, began)
+    again.standbys = {0: run.standbys[0]}
+    again.join_process(0, standby.incarnation)
+    again.join_process(1, run.shards[1].incarnation)
+    again.join_worker(0)
+    again.step()
+    again.now = began + REJOIN_S
+    with pytest.raises(PeerUnavailable):
+        again.join_process(0)
+    again.run(lambda: bool(again.promoted()), seconds=1.0)
+    assert again.went_back() == []
+
+
+def test_a_standby_that_holds_nothing_waits_for_its_shard_as_long_as_anybody_would(tmp_path: Path) -> None:
+    """The coordinator died; the shard, which alone holds the state, needs 3 s to come back."""
+    config = make_config(tmp_path, cluster={"shards": 2, "workers": 2, "standbys": 1}, training={"steps": 1000})
+    run = StandbyRun(config)
+    run.everybody()
+    run.run_to(5)
+    began = run.now + 1.0
+    again = StandbyRun(config, run.records, list(run.checkpoints.values()), [], 2, dict(run.shards), began)
+    again.join_process(1, run.shards[1].incarnation)
+    assert again.join_process(0).role is Role.STANDBY
+    again.join_worker(0)
+    while again.now < began + REJOIN_S + 1.0:
+        again.step(0.05)
+    again.join_process(0, run.shards[0].incarnation)
+    again.run_to(7)
+    assert again.went_back() == []
+
+
+def test_after_a_rollback_nobody_is_in_sync_whatever_the_journal_still_gets(run: StandbyRun) -> None:
+    run.join_process(0)
+    run.await_standby()
+    records = [*run.records, {"type": "rollback", "epoch": 9, "version": 0}]
+    again = StandbyRun(run.config, records, list(run.checkpoints.values()), [], 2, {}, run.now + 1.0)
+    assert again.in_sync() == 0
