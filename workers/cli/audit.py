@@ -35,6 +35,8 @@ def audit_run(
         for number, step in sorted(found.steps.items()):
             print(_step_line(number, step))
     print("\n".join(_summary(found)))
+    for problem in found.problems:
+        print(f"WRONG: {problem}")
     return 1 if found.problems else 0
 
 
@@ -53,10 +55,10 @@ def audit_of(folder: RunFolder) -> Audit:
     return audit(read(folder.journal))
 
 
-def verdict(found: Audit) -> list[str]:
-    """Whether every contribution was counted once, and where not."""
-    lines = [f"WRONG: {problem}" for problem in found.problems]
-    if not lines:
+def accounting(found: Audit) -> list[str]:
+    """That every contribution was counted once, as far as it is so, and of which steps nobody knows."""
+    lines = []
+    if not found.problems:
         lines.append(f"every contribution of {_count(found.accounted, 'step')} was counted once by every shard")
     if found.unaccounted:
         named, more = ", ".join(map(str, found.unaccounted[:_NAMED])), len(found.unaccounted) - _NAMED
@@ -70,7 +72,7 @@ def _summary(found: Audit) -> list[str]:
     each = _count(found.contributions, "contribution")
     decided = f"{_count(len(found.steps), 'step')} decided, {skipped} of them skipped"
     lines = [f"run {found.run}: {decided}, with {each} each, by {_count(found.shards, 'shard')}"]
-    lines += verdict(found)
+    lines += accounting(found)
     if found.repeated:
         lines.append(f"{_count(found.repeated, 'step')} decided again after a rollback")
     lines += [
