@@ -19,6 +19,7 @@ from tests.support.checkpoints import flip
 from tests.support.cluster import Finished
 from tests.support.eventually import eventually
 from windlass.testing import LocalCluster
+from workers.launch.jobs import resolve
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(120)]
 
@@ -36,12 +37,8 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    with LocalCluster(*kneading.JOB, shards=2, run_dir=run_dir) as cluster:
-        kneading.work(cluster.address)
-        cluster.wait(WAIT_S)
-    return Finished(cluster.job).digest()
+def undisturbed() -> str:
+    return kneading.digest(resolve(None, kneading.JOB), kneading.STEPS)
 
 
 def good_versions(run_dir: Path) -> list[int | None]:
