@@ -18,16 +18,12 @@ import pytest
 
 from ps import failpoints
 from ps.storage.journal import read
-from tests.support import kneading
-from tests.support.cluster import Finished
+from tests.support import endless, kneading
 from windlass.testing import LocalCluster
 from workers.launch.metrics import Tail
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(180)]
 
-#: It ends when all who shall die have died.
-JOB = (*kneading.JOB, "training.steps=1_000_000", "launch.restart_limit=100")
-BACK_S = 60.0
 #: Chunks are updated and published before their step is decided.
 EAGER = ("precision.wire=fp32", "optimizer.clip_norm=0")
 #: What is said is queued; whoever dies a moment later has said it.
@@ -148,33 +144,12 @@ def kill_at(points: Sequence[str], run_dir: Path, *overrides: str, deaths: int =
     Returns:
         By process: how often something happened at each failpoint.
     """
+    hits = Hits(run_dir)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(failpoints.VARIABLE, ",".join(points))
-        with LocalCluster(*JOB, *overrides, shards=2, run_dir=run_dir) as cluster:
-            hits = Hits(run_dir)
-
-            def on_step(_step: int) -> None:
-                # Or training would run on for as long as a standby takes to start.
-                cluster.wait_until_complete(BACK_S)
-                if hits.total() >= (deaths or len(points)):
-                    stop(cluster)
-
-            kneading.work(cluster.address, on_step)
-            cluster.wait(BACK_S)
-    assert_unchanged(cluster)
+        endless.run(run_dir, *overrides, until=lambda _: hits.total() >= (deaths or len(points)))
     hits.total()
     return hits.by_process()
-
-
-def stop(cluster: LocalCluster) -> None:
-    """Have the run saved where it is, and end; again if somebody died just then."""
-    os.kill(cluster.pids["coordinator-0"], signal.SIGTERM)
-
-
-def assert_unchanged(cluster: LocalCluster) -> None:
-    """The digest is that of as many steps that nothing happened to."""
-    ended = Finished(cluster.job)
-    assert ended.digest() == kneading.digest(cluster.job, ended.manifest().version)
 
 
 class Hits:
@@ -259,7 +234,7 @@ def test_nor_does_one_that_dies_while_it_takes_over(tmp_path: Path) -> None:
 
 
 def test_a_worker_killed_at_each_point_changes_nothing(tmp_path: Path) -> None:
-    with LocalCluster(*JOB, shards=2, run_dir=tmp_path / "run") as cluster:
+    with LocalCluster(*endless.JOB, shards=2, run_dir=tmp_path / "run") as cluster:
         for point in WORKER:
             killed = subprocess.run(
                 [sys.executable, "-m", "tests.support.kneading", cluster.address],
@@ -268,6 +243,6 @@ def test_a_worker_killed_at_each_point_changes_nothing(tmp_path: Path) -> None:
                 timeout=60,
             )
             assert killed.returncode == -signal.SIGKILL
-        kneading.work(cluster.address, lambda _: stop(cluster))
-        cluster.wait(BACK_S)
-    assert_unchanged(cluster)
+        kneading.work(cluster.address, lambda _: endless.stop(cluster))
+        cluster.wait(endless.BACK_S)
+    endless.assert_unchanged(cluster)
