@@ -35,9 +35,10 @@ test: setup  ## Run all tests
 	$(BIN)/python -m pytest -q
 
 # `make simulate SEEDS=1000000` for a night; what fails is printed with its seed.
-simulate: setup  ## Run whole clusters on a simulated machine, 2,000 seeds unless SEEDS says otherwise; a tenth without standbys
+simulate: setup  ## Run whole clusters on a simulated machine, 2,000 seeds unless SEEDS says otherwise; a tenth more without standbys, and rough ones
 	PYTHONPATH=. $(BIN)/python -m tests.simulation --seeds $(SEEDS)
 	PYTHONPATH=. $(BIN)/python -m tests.simulation --seeds $$(( $(SEEDS) / 10 )) --standbys 0
+	PYTHONPATH=. $(BIN)/python -m tests.simulation --seeds $$(( $(SEEDS) / 10 )) --rough
 
 # Some 10 minutes for 100 faults; the report goes to runs/bench/chaos.json too.
 chaos: setup  ## Strike processes of a real run at random, 1,000 faults unless FAULTS says otherwise; compare the result

@@ -289,6 +289,12 @@ class RunConfig(Section):
             )
         if self.precision.accumulate == "fp16" and self.precision.compute not in ("auto", "fp16"):
             raise ValueError("precision.accumulate=fp16 needs precision.compute=fp16")
+        if self.durability != "journal" and (self.journal.dir is not None or self.journal.max_bytes is not None):
+            given = f"dir={self.journal.dir}" if self.journal.dir is not None else f"max_bytes={self.journal.max_bytes}"
+            raise ValueError(
+                f"journal.{given} does nothing with durability={self.durability}: set durability=journal, or leave it "
+                "out (journal.dir=null, journal.max_bytes=auto)"
+            )
         scaled = self.precision.wire is WireDtype.FP16 or self.precision.loss_scale.static > 0
         if self.precision.compute == "fp16" and not scaled:
             raise ValueError(
@@ -296,6 +302,18 @@ class RunConfig(Section):
                 "carry: set precision.wire=fp16, or a precision.loss_scale.static"
             )
         return self
+
+    @property
+    def doubts(self) -> list[str]:
+        """What the run may wait for in vain, if nobody does what it is meant for."""
+        found = []
+        if self.membership.min_workers > self.cluster.workers:
+            found.append(
+                f"membership.min_workers={self.membership.min_workers} is more than cluster.workers="
+                f"{self.cluster.workers}: nothing is computed until others join (windlass worker --coordinator "
+                "HOST:PORT)"
+            )
+        return found
 
     @property
     def is_eager(self) -> bool:

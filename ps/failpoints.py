@@ -4,8 +4,8 @@
 
 A list, separated by commas, of [WHO/]NAME[~DETAIL]:ACTION[=VALUE][@N][#LIFE]:
 
-    WHO     a role (shard) or one process of it (shard-1); without it, every role. A process that stands by for
-            shard 1 is standby-1 meanwhile
+    WHO     a role (shard) or one process of it (shard-1), which has the point; without it, every role. A process
+            that stands by for shard 1 is standby-1 meanwhile; the one coordinator has no number
     NAME    one of `POINTS`, and a side of it: .before or .after
     DETAIL  a pattern for what the point is about: a file as FOLDER/NAME, a checkpoint, a kind of record
     ACTION  kill: SIGKILL, after VALUE seconds (0); so long, other threads go on: what was queued is sent
@@ -25,6 +25,7 @@ from __future__ import annotations
 import errno
 import fnmatch
 import logging
+import math
 import os
 import re
 import signal
@@ -42,18 +43,18 @@ VARIABLE = "WINDLASS_FAILPOINT"
 #: Set by a launcher: how many processes it has started in this one's place, this one included.
 LIFE_VARIABLE = "WINDLASS_LIFE"
 
-#: What happens between the two sides of each point.
+#: Who has each point, and what happens between its two sides.
 POINTS = {
     "journal.append": "coordinator: a record is written into the journal; about its type",
     "record": "coordinator: a line is written into metrics.jsonl; about its kind",
-    "decision": "coordinator: one shard is told a decision; shard: it takes one in",
+    "decision": "coordinator: one shard is told a decision; shard, standby: it takes one in",
     "manifest": "coordinator: a checkpoint is completed; about its folder's name",
     "remove": "coordinator: a checkpoint ceases to exist, and its files follow; about its folder's name",
     "acknowledge": "shard: a worker is told that its contribution is held",
     "prepare": "shard: the coordinator is told that all chunks are reduced; about `covered` if its standby holds them",
-    "apply": "shard: a chunk is updated",
-    "publish": "shard: an updated chunk is published",
-    "applied": "shard: the coordinator is told that a decision is carried out",
+    "apply": "shard, standby: a chunk is updated",
+    "publish": "shard, standby: an updated chunk is published",
+    "applied": "shard, standby: the coordinator is told that a decision is carried out",
     "load": "shard: a checkpoint is loaded, or the state is emptied",
     "log.append": "shard: a record is written into its journal; about its kind",
     "log.begin": "shard: a new file of its journal is opened; about the file's name",
@@ -72,6 +73,9 @@ POINTS = {
     "rename": "any: such a file gets its name",
 }
 NAMES = frozenset(f"{point}.{side}" for point in POINTS for side in ("before", "after"))
+_ROLES = ("coordinator", "shard", "standby", "worker")
+#: Nobody waits for longer than a day, in seconds.
+_LONGEST_S = 86_400.0
 
 _FORM = re.compile(
     r"(?:(?P<who>[a-z]+(?:-\d+)?)/)?(?P<name>[a-z.]+)(?:~(?P<detail>[^:]+))?"
@@ -154,9 +158,27 @@ def _parse(text: str) -> Failpoint:
         raise ConfigError(f"{VARIABLE}: no point is called {found['name']!r}; there are {', '.join(sorted(NAMES))}")
     first = int(found["nth"] or 1)
     last = first if found["nth"] and not found["on"] else float("inf")
+    _check_who(text, found["who"] or "", found["name"])
     act = _action(text, found["action"], found["value"])
     life = int(found["life"] or 1)
     return Failpoint(found["who"] or "", found["name"], found["detail"] or "*", act, first, last, life)
+
+
+def _check_who(text: str, who: str, name: str) -> None:
+    role, _, number = who.partition("-")
+    if who and role not in _ROLES:
+        raise ConfigError(f"{VARIABLE}: {text!r}: there is no role {role!r}; there are {', '.join(_ROLES)}")
+    if role == "coordinator" and number:
+        raise ConfigError(f"{VARIABLE}: {text!r}: the coordinator has no number; write coordinator/{name}")
+    having = roles_of(name.rpartition(".")[0])
+    if who and role not in having:
+        raise ConfigError(f"{VARIABLE}: {text!r}: a {role} never comes to {name}; {', '.join(having)} does")
+
+
+def roles_of(point: str) -> list[str]:
+    """The roles that have a point."""
+    named = [role for part in POINTS[point].split("; ") for role in part.partition(":")[0].split(", ")]
+    return [role for role in _ROLES if role in named or "any" in named]
 
 
 def _action(text: str, action: str, value: str | None) -> Callable[[], None]:
@@ -168,7 +190,9 @@ def _action(text: str, action: str, value: str | None) -> Callable[[], None]:
     try:
         seconds = float(value) if value is not None else {"kill": 0.0, "delay": 0.5}[action]
     except ValueError:
-        raise ConfigError(f"{VARIABLE}: {text!r}: {value} is not a number of seconds") from None
+        seconds = math.nan
+    if not 0 <= seconds <= _LONGEST_S:
+        raise ConfigError(f"{VARIABLE}: {text!r}: {value} is not a number of seconds from 0 to {_LONGEST_S:.0f}")
     return (lambda: _die(seconds)) if action == "kill" else (lambda: time.sleep(seconds))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ps.client.status import StatusClient
 from ps.wire.security import PLAIN
-from workers.launch import faults
+from workers.launch.alive import Process, alive
 from workers.launch.folder import RunFolder
 
 #: A run that has not gone on after this has not come through.
@@ -123,9 +123,9 @@ class WatchedRun:
         came, went = log.count(" holds the same as shard "), log.count(": until there is another one, shard ")
         return came - went - log.count(" takes over as shard ")
 
-    def processes(self) -> list[faults.Process]:
+    def processes(self) -> list[Process]:
         """Who is alive."""
-        return faults.alive(self.folder.members())
+        return alive(self.folder)
 
     def _log(self) -> str:
         return (self.folder.logs / "coordinator-0.log").read_text()

@@ -7,7 +7,7 @@ counted, under which fence, and the hash of its state after each step.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,10 +64,15 @@ class Audit:
     events: list[Event] = field(default_factory=list)
     #: What must not be.
     problems: list[str] = field(default_factory=list)
-    #: Steps of which the journal does not say who computed them.
+    #: Steps of which the journal does not say who computed them: it lost their decisions.
     unaccounted: list[int] = field(default_factory=list)
     #: Steps that were decided again after a rollback.
     repeated: int = 0
+
+    @property
+    def accounted(self) -> int:
+        """Steps of which the journal says who computed them."""
+        return len(self.steps.keys() - set(self.unaccounted))
 
     def by_worker(self) -> Counter[int]:
         """Contributions by rank."""
@@ -87,17 +92,26 @@ class _Auditor:
         self.found = Audit()
         self._fence = Fence(0, 0)
         self._version = 0
+        #: A coordinator has started, and has decided nothing yet: what its journal has lost may be missing here.
+        self._is_starting = False
         #: What rollbacks have taken back.
         self._before: dict[int, Step] = {}
+        self._take: dict[str, Callable[[Record], None]] = {
+            "run": self._run,
+            "term": self._term,
+            "epoch": self._epoch,
+            "rollback": self._rollback,
+            "decision": self._decision,
+            "applied": self._applied,
+        }
 
     def take(self, record: Record) -> None:
         kind = record["type"]
         # A start loads version 0, which takes nothing back.
         if kind in _MEMBERSHIP and record.get("version") != self._version:
             self.found.events.append(Event(record.get("step", self._version), record.get("at"), _describe(record)))
-        handler = getattr(self, f"_{kind}", None)
-        if handler is not None:
-            handler(record)
+        if kind in self._take:
+            self._take[kind](record)
 
     def _problem(self, step: int, what: str) -> None:
         self.found.problems.append(f"step {step}: {what}")
@@ -109,6 +123,7 @@ class _Auditor:
         if record["term"] <= self._fence.term:
             self._problem(self._version, f"term {record['term']} came after term {self._fence.term}")
         self._fence = Fence(record["term"], self._fence.epoch)
+        self._is_starting = True
 
     def _epoch(self, record: Record) -> None:
         fence = Fence(record["term"], record["epoch"])
@@ -119,7 +134,9 @@ class _Auditor:
 
     def _rollback(self, record: Record) -> None:
         if record["version"] > self._version:
-            self._problem(self._version, f"a rollback to version {record['version']}, which is not decided")
+            # A journal that was begun anew, in the place of a damaged one, begins at a checkpoint as well.
+            self._skip_to(record["version"], f"a rollback to version {record['version']}, which is not decided")
+        self.found.unaccounted = [step for step in self.found.unaccounted if step < record["version"]]
         for step in [step for step in self.found.steps if step >= record["version"]]:
             self._before[step] = self.found.steps.pop(step)
         self._version = record["version"]
@@ -127,8 +144,10 @@ class _Auditor:
     def _decision(self, record: Record) -> None:
         decision = from_record(Decision, record)
         step = Step(decision, record.get("counted"))
+        if step.counted is not None:
+            self._is_starting = False
         if decision.step != self._version:
-            self._problem(decision.step, f"was decided where step {self._version} was open")
+            self._skip_to(decision.step, f"was decided where step {self._version} was open")
         if step.counted is None:
             self.found.unaccounted.append(decision.step)
         else:
@@ -143,6 +162,13 @@ class _Auditor:
                 self._problem(decision.step, "was decided otherwise before a rollback")
         self.found.steps[decision.step] = step
         self._version = decision.version
+
+    def _skip_to(self, step: int, what: str) -> None:
+        """Not the next step: wrong, unless a start has found that its host lost power before these were on disk."""
+        if self._is_starting and step > self._version:
+            self.found.unaccounted += range(self._version, step)
+        else:
+            self._problem(step, what)
 
     def _miscounted(self, counted: Accounts) -> Iterator[str]:
         every = list(range(self.found.contributions))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import version as distribution_version
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -221,7 +222,8 @@ class Effects:
             candidate = Candidate(folder.name, write_manifest(folder, manifest), action.state, time.time())
             metrics.CHECKPOINT_VERSION.set(manifest.version)
             metrics.CHECKPOINT_TIME.set(time.time())
-            layout.retain(directory, self._machine.config.checkpoint.keep, manifest.version, writing)
+            keep = self._machine.config.checkpoint.keep
+            layout.retain(directory, keep, manifest.version, writing, self._found_damaged)
         except (StorageError, ValueError, TypeError) as error:
             text = error.message if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
             if candidate is None:
@@ -229,6 +231,9 @@ class Effects:
             else:
                 log.warning("old checkpoints stay: %s", text)
         self._loop.post(lambda _: self._machine.manifest_written(candidate, manifest.version, text))
+
+    def _found_damaged(self, folder: Path) -> None:
+        self._loop.post(lambda _: self._machine.snapshots.damaged(folder.name))
 
     # -- Shards ---------------------------------------------------------------------------------
 

@@ -139,6 +139,7 @@ class Recorder:
                 "role": str(member.role),
                 "rank": member.rank,
                 "pid": member.pid,
+                "host": member.host,
                 "address": member.address,
                 "metrics_address": member.metrics_address,
             }

@@ -19,7 +19,7 @@ class Snapshots:
 
     def __init__(self, candidates: list[Candidate], rejected: list[str]) -> None:
         self.candidates = list(candidates)
-        #: Names of checkpoints that turned out to be damaged.
+        #: Names of checkpoints that turned out to be damaged, and were not written again.
         self.rejected = list(rejected)
         self._pending: dict[int, TrainingState] = {}
         #: Under which fence each of these was begun: its folder was empty then.
@@ -64,6 +64,7 @@ class Snapshots:
             self._failures[version] = error
         else:
             self.candidates = [c for c in self.candidates if c.state.version != version] + [candidate]
+            self.rejected = [name for name in self.rejected if name != candidate.name]
 
     def lose(self, shard: int, version: int) -> None:
         """A shard started anew, and holds at most this version: its part of an older one will never come."""
@@ -74,7 +75,12 @@ class Snapshots:
     def reject(self, candidate: Candidate) -> None:
         """A checkpoint turned out to be damaged."""
         self.candidates = [c for c in self.candidates if c != candidate]
-        self.rejected.append(candidate.name)
+        self.damaged(candidate.name)
+
+    def damaged(self, name: str) -> None:
+        """A checkpoint was read and is not good; who has to load it will see by itself."""
+        if name not in self.rejected:
+            self.rejected.append(name)
 
     def forget_pending(self) -> None:
         """A rollback: what was being written belongs to a past that is computed again."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from ps import failpoints
@@ -71,7 +71,13 @@ def newest(checkpoint_dir: Path) -> Path | None:
     return next(reversed(checkpoints(checkpoint_dir)), None)
 
 
-def retain(checkpoint_dir: Path, keep: int, newest: int | None = None, writing: Collection[int] = ()) -> list[Path]:
+def retain(
+    checkpoint_dir: Path,
+    keep: int,
+    newest: int | None = None,
+    writing: Collection[int] = (),
+    on_damaged: Callable[[Path], None] = lambda _: None,
+) -> list[Path]:
     """Remove all but the newest `keep` complete checkpoints, and incomplete older ones.
 
     Those of versions after `newest` neither count nor go: a rollback has passed them, perhaps because
@@ -83,6 +89,7 @@ def retain(checkpoint_dir: Path, keep: int, newest: int | None = None, writing: 
 
     Args:
         writing: versions that are still being written; one that is newer than all that are complete need not be named.
+        on_damaged: hears of each that is read and not good.
 
     Returns:
         The folders that were removed, the oldest first.
@@ -98,8 +105,8 @@ def retain(checkpoint_dir: Path, keep: int, newest: int | None = None, writing: 
         return []
     kept = complete[-keep:]
     going = [folder for folder in folders[: folders.index(complete[-1])] if folder not in kept]
-    if going and not any(_is_good(folder) for folder in reversed(kept)):
-        good = next((folder for folder in reversed(complete[:-keep]) if _is_good(folder)), None)
+    if going and not any(_is_good(folder, on_damaged) for folder in reversed(kept)):
+        good = next((folder for folder in reversed(complete[:-keep]) if _is_good(folder, on_damaged)), None)
         going = [folder for folder in going if folder != good]
     removed = []
     for folder in going:
@@ -126,11 +133,12 @@ def _remove(folder: Path) -> None:
     remove_tree(folder)
 
 
-def _is_good(folder: Path) -> bool:
+def _is_good(folder: Path, on_damaged: Callable[[Path], None]) -> bool:
     try:
         verify(folder)
     except StorageError as error:
         logger.error("the checkpoint %s is not good, an older one stays for it: %s", folder.name, error)
+        on_damaged(folder)
         return False
     return True
 

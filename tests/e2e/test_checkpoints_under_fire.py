@@ -19,6 +19,7 @@ from tests.support.checkpoints import flip
 from tests.support.cluster import Finished
 from tests.support.eventually import eventually
 from windlass.testing import LocalCluster
+from workers.launch.jobs import resolve
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(120)]
 
@@ -36,12 +37,8 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    with LocalCluster(*kneading.JOB, shards=2, run_dir=run_dir) as cluster:
-        kneading.work(cluster.address)
-        cluster.wait(WAIT_S)
-    return Finished(cluster.job).digest()
+def undisturbed() -> str:
+    return kneading.digest(resolve(None, kneading.JOB), kneading.STEPS)
 
 
 def good_versions(run_dir: Path) -> list[int | None]:
@@ -101,7 +98,14 @@ def test_an_old_checkpoint_that_cannot_be_removed_stays(
 ) -> None:
     monkeypatch.setenv(failpoints.VARIABLE, "coordinator/remove.before~step-00000000:error=EIO")
     with LocalCluster(*kneading.JOB, shards=2, run_dir=tmp_path / "run") as cluster:
-        kneading.work(cluster.address)
+        there = tmp_path / "run" / "checkpoints"
+
+        def look(step: int) -> None:
+            if step == 7:
+                # What is still being completed when the last one is would stay as well.
+                eventually(lambda: set(map(version_of, checkpoints(there))) == {0, 6}, WAIT_S, "version 3 to go")
+
+        kneading.work(cluster.address, look)
         cluster.wait(WAIT_S)
     assert Finished(cluster.job).digest() == undisturbed
     assert good_versions(tmp_path / "run") == [0, 8]
@@ -201,31 +205,34 @@ def _run_on_a_small_disk(folder: Path) -> dict[str, object]:
     return {"digest": Finished(cluster.job).digest(), "versions": good_versions(run_dir)}
 
 
-@pytest.mark.parametrize("harm", ["bit", "cut", "manifest"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(undisturbed: str, tmp_path: Path, harm: str) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(undisturbed: str, tmp_path: Path) -> None:
     """With the cluster running: a shard dies, and what it would have to load is not what was written."""
     run_dir = tmp_path / "run"
-    done: list[Path] = []
+    harms = [(4, 3, "bit"), (7, 6, "cut"), (7, 6, "manifest")]
+    harmed: list[Path] = []
     with LocalCluster(*kneading.JOB, "checkpoint.keep=3", shards=2, run_dir=run_dir) as cluster:
 
         def damage(step: int) -> None:
-            if step == 7 and not done:
-                newest = run_dir / "checkpoints" / "step-00000006"
-                eventually(lambda: (newest / "manifest.json").exists(), WAIT_S, "version 6")
-                file = newest / ("manifest.json" if harm == "manifest" else "shard-00001-of-00002.safetensors")
-                if harm == "cut":
-                    os.truncate(file, 1000)
-                else:
-                    flip(file, 200)
-                done.append(file)
-                cluster.kill("shard", 0)
+            if not harms or step != harms[0][0]:
+                return
+            _, version, harm = harms.pop(0)
+            newest = run_dir / "checkpoints" / f"step-{version:08d}"
+            eventually(lambda: (newest / "manifest.json").exists(), WAIT_S, f"version {version}")
+            file = newest / ("manifest.json" if harm == "manifest" else "shard-00001-of-00002.safetensors")
+            if harm == "cut":
+                os.truncate(file, 1000)
+            else:
+                flip(file, 200)
+            harmed.append(file)
+            cluster.kill("shard", 0)
 
         kneading.work(cluster.address, damage)
         cluster.wait(WAIT_S)
     assert Finished(cluster.job).digest() == undisturbed
-    errors = [line for line in log(run_dir, "coordinator-0").splitlines() if str(done[0]) in line]
-    assert errors, "the damaged file is named"
-    assert good_versions(run_dir) == [3, 6, 8], "version 6 is written again"
+    refused = [line for line in log(run_dir, "coordinator-0").splitlines() if "going back to the one before" in line]
+    assert len(refused) == len(harmed) == 3
+    assert all(str(file) in line for file, line in zip(harmed, refused, strict=True)), "the damaged file is named"
+    assert good_versions(run_dir) == [3, 6, 8], "they are written again"
 
 
 if __name__ == "__main__":

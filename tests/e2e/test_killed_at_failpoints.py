@@ -5,12 +5,11 @@ Many kills in one job: what is started again is killed somewhere else.
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,17 +18,12 @@ import pytest
 
 from ps import failpoints
 from ps.storage.journal import read
-from tests.support import kneading
-from tests.support.cluster import Finished
+from tests.support import endless, kneading
 from windlass.testing import LocalCluster
+from workers.launch.metrics import Tail
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(180)]
 
-#: Enough for the last kill of the longest chain.
-STEPS = 200
-#: What a step takes at least, in seconds, until all who shall die have died: training goes on while a standby starts.
-STEP_S = 0.1
-JOB = (*kneading.JOB, f"training.steps={STEPS}", "launch.restart_limit=100")
 #: Chunks are updated and published before their step is decided.
 EAGER = ("precision.wire=fp32", "optimizer.clip_norm=0")
 #: What is said is queued; whoever dies a moment later has said it.
@@ -141,41 +135,41 @@ TAKING_OVER = chain("shard-1", SUCCESSION)
 EXTINCTION = chain("shard-1", ["mirror.after:kill@4"] * len(HEIRS)) + chain("standby-1", HEIRS)
 
 
-def run(run_dir: Path, *overrides: str, deaths: int = 0) -> str:
-    """Run the job with the environment as it is; returns its digest.
+def kill_at(points: Sequence[str], run_dir: Path, *overrides: str, deaths: int = 0) -> dict[str, Counter[str]]:
+    """Run the job with these failpoints, until all have died who shall; nothing of that is to be seen in its result.
 
     Args:
-        deaths: so many are to happen.
+        deaths: so many follow from the failpoints; 0: one from each.
+
+    Returns:
+        By process: how often something happened at each failpoint.
     """
-
-    def on_step(_step: int) -> None:
-        if sum(hits.total() for hits in hit(run_dir).values()) < deaths:
-            time.sleep(STEP_S)
-
-    with LocalCluster(*JOB, *overrides, shards=2, run_dir=run_dir) as cluster:
-        assert kneading.work(cluster.address, on_step) == kneading.ended(STEPS)
-        cluster.wait(60.0)
-    return Finished(cluster.job).digest()
-
-
-def kill_at(points: Sequence[str], run_dir: Path, *overrides: str, deaths: int = 0) -> str:
-    """Run the job with these failpoints, and return its digest.
-
-    Args:
-        deaths: so many follow from them; 0: one from each.
-    """
+    hits = Hits(run_dir)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(failpoints.VARIABLE, ",".join(points))
-        return run(run_dir, *overrides, deaths=deaths or len(points))
+        endless.run(run_dir, *overrides, until=lambda _: hits.total() >= (deaths or len(points)))
+    hits.total()
+    return hits.by_process()
 
 
-def hit(run_dir: Path) -> dict[str, Counter[str]]:
-    """By process: how often something happened at each failpoint, by the processes' logs."""
-    found = {}
-    for log in (run_dir / "logs").glob("*-*.log"):
-        lines = [json.loads(line)["message"] for line in log.read_text().splitlines() if line.startswith("{")]
-        found[log.stem] = Counter(line.split()[1] for line in lines if line.startswith("failpoint "))
-    return {process: hits for process, hits in found.items() if hits}
+class Hits:
+    """What has happened at the failpoints, by the processes' logs, which are read on."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._logs = run_dir / "logs"
+        self._tails: dict[str, Tail] = {}
+        self._hits: dict[str, Counter[str]] = {}
+
+    def total(self) -> int:
+        for log in self._logs.glob("*-*.log"):
+            tail = self._tails.setdefault(log.stem, Tail(log))
+            said = [str(record.get("message", "")) for record in tail.poll()[1]]
+            hits = self._hits.setdefault(log.stem, Counter())
+            hits.update(text.split()[1] for text in said if text.startswith("failpoint "))
+        return sum(hits.total() for hits in self._hits.values())
+
+    def by_process(self) -> dict[str, Counter[str]]:
+        return {process: hits for process, hits in self._hits.items() if hits}
 
 
 def names(points: Iterable[str]) -> Counter[str]:
@@ -188,69 +182,59 @@ def rollbacks(run_dir: Path) -> list[int]:
     return [record["version"] for record in read(run_dir / "journal") if record["type"] == "rollback"]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return run(tmp_path_factory.mktemp("undisturbed") / "run")
-
-
 def test_every_point_is_in_one_of_the_lists() -> None:
     everywhere = (ALONE, IN_TURNS, TOGETHER, JOURNALED, STANDING_BY, TAKING_OVER, EXTINCTION, WORKER)
     assert set().union(*map(names, everywhere)) == failpoints.NAMES
 
 
-def test_a_coordinator_that_is_killed_at_each_point_changes_nothing(undisturbed: str, tmp_path: Path) -> None:
-    assert kill_at(ALONE, tmp_path / "run") == undisturbed
-    assert hit(tmp_path / "run") == {"coordinator-0": names(COORDINATOR)}
+def test_a_coordinator_that_is_killed_at_each_point_changes_nothing(tmp_path: Path) -> None:
+    assert kill_at(ALONE, tmp_path / "run") == {"coordinator-0": names(COORDINATOR)}
     assert rollbacks(tmp_path / "run") == [0]
 
 
-def test_nor_do_shards(undisturbed: str, tmp_path: Path) -> None:
-    assert kill_at(IN_TURNS, tmp_path / "run") == undisturbed
-    assert hit(tmp_path / "run") == {"shard-0": names(SHARD[0::2]), "shard-1": names(SHARD[1::2])}
+def test_nor_do_shards(tmp_path: Path) -> None:
+    hits = kill_at(IN_TURNS, tmp_path / "run")
+    assert hits == {"shard-0": names(SHARD[0::2]), "shard-1": names(SHARD[1::2])}
 
 
-def test_nor_several_at_once(undisturbed: str, tmp_path: Path) -> None:
-    assert kill_at(TOGETHER, tmp_path / "run", deaths=1 + 2 * len(TOGETHER[1:])) == undisturbed
+def test_nor_several_at_once(tmp_path: Path) -> None:
     both = names(TOGETHER[1:])
-    assert hit(tmp_path / "run") == {"coordinator-0": names(TOGETHER[:1]), "shard-0": both, "shard-1": both}
+    hits = kill_at(TOGETHER, tmp_path / "run", deaths=1 + 2 * len(TOGETHER[1:]))
+    assert hits == {"coordinator-0": names(TOGETHER[:1]), "shard-0": both, "shard-1": both}
 
 
 def test_nor_where_steps_are_eager(tmp_path: Path) -> None:
-    eager = run(tmp_path / "undisturbed", *EAGER)
-    assert kill_at(chain("shard-1", EAGER_SHARD), tmp_path / "run", *EAGER) == eager
-    assert hit(tmp_path / "run") == {"shard-1": names(EAGER_SHARD)}
+    hits = kill_at(chain("shard-1", EAGER_SHARD), tmp_path / "run", *EAGER)
+    assert hits == {"shard-1": names(EAGER_SHARD)}
 
 
-def test_a_shard_with_a_journal_loses_no_step(undisturbed: str, tmp_path: Path) -> None:
-    assert kill_at(JOURNALED, tmp_path / "run", "durability=journal") == undisturbed
-    assert hit(tmp_path / "run") == {"shard-1": names(JOURNALED_SHARD)}
+def test_a_shard_with_a_journal_loses_no_step(tmp_path: Path) -> None:
+    assert kill_at(JOURNALED, tmp_path / "run", "durability=journal") == {"shard-1": names(JOURNALED_SHARD)}
     # The first one dies before its initial values are in a journal.
     assert rollbacks(tmp_path / "run") == [0, 0]
 
 
-def test_a_standby_that_is_killed_at_each_point_changes_nothing(undisturbed: str, tmp_path: Path) -> None:
-    assert kill_at(STANDING_BY, tmp_path / "run", "cluster.standbys=1") == undisturbed
+def test_a_standby_that_is_killed_at_each_point_changes_nothing(tmp_path: Path) -> None:
     # Which of the two processes of a shard serves is decided when they start.
-    (hits,) = hit(tmp_path / "run").values()
+    (hits,) = kill_at(STANDING_BY, tmp_path / "run", "cluster.standbys=1").values()
     assert hits == names(STANDBY)
     assert rollbacks(tmp_path / "run") == [0]
 
 
-def test_nor_does_a_shard_that_somebody_takes_over_from(undisturbed: str, tmp_path: Path) -> None:
-    assert kill_at(TAKING_OVER, tmp_path / "run", "cluster.standbys=1", deaths=2 * len(SUCCESSION)) == undisturbed
+def test_nor_does_a_shard_that_somebody_takes_over_from(tmp_path: Path) -> None:
     # Each of the two processes of this shard, in each of its lives.
-    both = hit(tmp_path / "run")
+    both = kill_at(TAKING_OVER, tmp_path / "run", "cluster.standbys=1", deaths=2 * len(SUCCESSION))
     assert both == {"shard-1": names(SUCCESSION), "standby-1": names(SUCCESSION)}
     assert rollbacks(tmp_path / "run") == [0]
 
 
-def test_nor_does_one_that_dies_while_it_takes_over(undisturbed: str, tmp_path: Path) -> None:
-    assert kill_at(EXTINCTION, tmp_path / "run", "cluster.standbys=1") == undisturbed
-    assert sum(hit(tmp_path / "run").values(), Counter()) == names(EXTINCTION)
+def test_nor_does_one_that_dies_while_it_takes_over(tmp_path: Path) -> None:
+    hits = kill_at(EXTINCTION, tmp_path / "run", "cluster.standbys=1")
+    assert sum(hits.values(), Counter()) == names(EXTINCTION)
 
 
-def test_a_worker_killed_at_each_point_changes_nothing(undisturbed: str, tmp_path: Path) -> None:
-    with LocalCluster(*JOB, shards=2, run_dir=tmp_path / "run") as cluster:
+def test_a_worker_killed_at_each_point_changes_nothing(tmp_path: Path) -> None:
+    with LocalCluster(*endless.JOB, shards=2, run_dir=tmp_path / "run") as cluster:
         for point in WORKER:
             killed = subprocess.run(
                 [sys.executable, "-m", "tests.support.kneading", cluster.address],
@@ -258,7 +242,7 @@ def test_a_worker_killed_at_each_point_changes_nothing(undisturbed: str, tmp_pat
                 check=False,
                 timeout=60,
             )
-            assert killed.returncode == -9
-        assert kneading.work(cluster.address) == kneading.ended(STEPS)
-        cluster.wait(60.0)
-    assert Finished(cluster.job).digest() == undisturbed
+            assert killed.returncode == -signal.SIGKILL
+        kneading.work(cluster.address, lambda _: endless.stop(cluster))
+        cluster.wait(endless.BACK_S)
+    endless.assert_unchanged(cluster)

@@ -2,70 +2,83 @@
 
 from __future__ import annotations
 
-import re
-from contextlib import AbstractContextManager
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.eventually import eventually
-from tests.support.launched import LaunchedRun, launched, tiny_job, train
+from tests.support import endless
+from windlass.testing import LocalCluster
+from workers.launch.folder import RunFolder
 
-pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(180)]
 
-STEPS = 600
+#: No checkpoint to go back to but the first.
+STANDING_BY = ("cluster.standbys=1", "checkpoint.every_steps=0")
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("standby")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(folder: Path) -> str:
-    return train(folder, "undisturbed", f"training.steps={STEPS}").digest()
+Script = Iterator[Callable[[], bool]]
 
 
-def standing_by(folder: Path, name: str, *overrides: str) -> AbstractContextManager[LaunchedRun]:
-    """A run with standbys, and no checkpoint to go back to but the first."""
-    never = f"checkpoint.every_steps={STEPS}"
-    job = tiny_job(folder, name, f"training.steps={STEPS}", "cluster.standbys=1", never, *overrides)
-    return launched("train", folder / name, job)
+def run(run_dir: Path, script: Script, *overrides: str) -> int:
+    """Train while a script is carried out, which goes on once something holds; returns how many steps there were."""
+    holds = [next(script)]
+
+    def until(_cluster: LocalCluster) -> bool:
+        while holds and holds[0]():
+            holds[:] = [step for step in [next(script, None)] if step is not None]
+        return not holds
+
+    return endless.run(run_dir, *STANDING_BY, *overrides, until=until)
 
 
-def log_of(run: LaunchedRun) -> str:
-    path = run.run_dir / "logs" / "coordinator-0.log"
-    return path.read_text() if path.exists() else ""
+def kill(run_dir: Path, role: str, rank: int) -> None:
+    """SIGKILL whoever is that now: the two processes of a shard change places."""
+    (pid,) = [m["pid"] for m in RunFolder(run_dir).members() if (m["role"], m["rank"]) == (role, rank)]
+    os.kill(pid, signal.SIGKILL)
 
 
-def await_standby(run: LaunchedRun, shard: int, times: int = 1) -> None:
-    text = f"standby {shard} holds the same as shard {shard}"
-    eventually(lambda: log_of(run).count(text) >= times, 60.0, f"{times} times: {text}")
+def said(run_dir: Path, text: str, times: int) -> Callable[[], bool]:
+    """Whether the coordinator has said something so often."""
+    return lambda: log_of(run_dir).count(text) >= times
+
+
+def log_of(run_dir: Path) -> str:
+    return RunFolder(run_dir).log("coordinator-0").read_text()
 
 
 @pytest.mark.parametrize("transport", ["shm", "grpc"])
-def test_a_standby_takes_over_without_a_step_lost(folder: Path, undisturbed: str, transport: str) -> None:
-    with standing_by(folder, f"shard-{transport}", f"launch.transport={transport}") as run:
-        await_standby(run, 0)
-        run.kill("shard", 0)
+def test_a_standby_takes_over_without_a_step_lost(tmp_path: Path, transport: str) -> None:
+    run_dir = tmp_path / "run"
+
+    def script() -> Script:
+        in_sync = "standby 0 holds the same as shard 0"
+        yield said(run_dir, in_sync, 1)
+        kill(run_dir, "shard", 0)
         # Whom it is started again as stands by for the one that took over.
-        await_standby(run, 0, times=2)
-        run.kill("shard", 0)
-        assert run.finish() == 0, run.output()
-        assert run.digest() == undisturbed
-        log = log_of(run)
-        assert len(re.findall("standby 0 takes over as shard 0", log)) == 2
-        assert "going back" not in log
-        assert "the cluster is made to serve again" in log
-        steps = [line["step"] for line in run.metrics() if line["kind"] == "step"]
-        assert steps == list(range(STEPS))
+        yield said(run_dir, in_sync, 2)
+        kill(run_dir, "shard", 0)
+        yield said(run_dir, "standby 0 takes over as shard 0", 2)
+
+    steps = run(run_dir, script(), f"launch.transport={transport}")
+    log = log_of(run_dir)
+    assert log.count("standby 0 takes over as shard 0") == 2
+    assert "going back" not in log
+    assert "the cluster is made to serve again" in log
+    recorded = map(json.loads, RunFolder(run_dir).metrics.read_text().splitlines())
+    assert [line["step"] for line in recorded if line["kind"] == "step"] == list(range(steps))
 
 
-def test_a_standby_that_dies_is_replaced(folder: Path, undisturbed: str) -> None:
-    with standing_by(folder, "standby") as run:
-        await_standby(run, 1)
-        run.kill("standby", 1)
-        await_standby(run, 1, times=2)
-        assert run.finish() == 0, run.output()
-        assert run.digest() == undisturbed
-        assert "takes over" not in log_of(run)
+def test_a_standby_that_dies_is_replaced(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+
+    def script() -> Script:
+        in_sync = "standby 1 holds the same as shard 1"
+        yield said(run_dir, in_sync, 1)
+        kill(run_dir, "standby", 1)
+        yield said(run_dir, in_sync, 2)
+
+    run(run_dir, script())
+    assert "takes over" not in log_of(run_dir)

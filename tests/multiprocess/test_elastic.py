@@ -6,6 +6,7 @@ import logging
 
 import pytest
 
+from protos.ps.v1 import coordinator_pb2 as pb
 from ps.coordinator import metrics
 from ps.coordinator.audit import audit
 from ps.storage.journal import read
@@ -18,14 +19,25 @@ JOB = (f"training.steps={STEPS}", "batch.contributions_per_step=4", "cluster.sha
 TIMEOUT_S = 60.0
 
 
+def is_live_worker(member: pb.MemberStatus) -> bool:
+    return bool(member.member.role == "worker" and member.state == "live")
+
+
 def test_one_worker_then_four_then_two_is_four_throughout(make_job: MakeJob) -> None:
     def come_and_go(workers: Workers) -> None:
+        workers.hold_from(5)
         eventually(lambda: workers.status().version >= 5, TIMEOUT_S, "steps by one worker")
         workers.join(1, 2, 3)
-        # Contributions are reported by those who computed them.
-        contributing = {0, 1, 2, 3}
+        everybody = [0, 1, 2, 3]
         eventually(
-            lambda: {m.member.rank for m in workers.status().members if m.HasField("last")} == contributing,
+            lambda: sorted(m.member.rank for m in workers.status().members if is_live_worker(m)) == everybody,
+            TIMEOUT_S,
+            "all four",
+        )
+        workers.hold_from(STEPS // 2)
+        # Contributions are reported by those who computed them.
+        eventually(
+            lambda: sorted(m.member.rank for m in workers.status().members if m.HasField("last")) == everybody,
             TIMEOUT_S,
             "contributions of all four",
         )

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from ps import failpoints
 from ps.config import RunConfig, from_json
-from ps.coordinator.actions import MembersChanged
+from ps.coordinator.actions import MembersChanged, WriteManifest
 from ps.coordinator.app import CoordinatorApp
+from ps.coordinator.decision import TrainingState
 from ps.errors import StorageError
+from ps.storage import read_manifest
+from tests.support.checkpoints import flip, make_arrays, make_table, write_checkpoint
 from tests.support.cluster import make_job, train, write_text
 
 
@@ -59,5 +63,29 @@ def test_a_list_of_members_that_cannot_be_written_does_not_end_a_run(
         # At the start it does: nobody could find the coordinator.
         with pytest.raises(StorageError):
             app._effects.members_changed()
+    finally:
+        app._journal.close()
+
+
+def test_a_checkpoint_that_is_found_damaged_before_older_ones_go_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.touch()
+    job = make_job(tmp_path / "run", text, ["checkpoint.keep=1"])
+    table, folder = make_table([100]), tmp_path / "run" / "checkpoints"
+    for version in (1, 2):
+        write_checkpoint(folder, table, 1, make_arrays(table, []), version)
+    newest = folder / "step-00000002"
+    flip(newest / "shard-00000-of-00001.safetensors", -1)
+    app = CoordinatorApp(from_json(RunConfig, job.model_dump_json()), job.model_dump_json(), "127.0.0.1:0")
+    try:
+        posted: list[Callable[[float], None]] = []
+        monkeypatch.setattr(app._loop, "post", posted.append)
+        manifest, _ = read_manifest(newest)
+        app._effects._complete_checkpoint(manifest, WriteManifest(TrainingState.start(app._machine.config), ()), [])
+        posted[0](0.0)
+        assert app._machine.snapshots.rejected == ["step-00000002"]
+        assert (folder / "step-00000001").is_dir(), "the good one stays"
     finally:
         app._journal.close()

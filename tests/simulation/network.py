@@ -179,7 +179,7 @@ class Connection:
         if self.network.rng.random() < self.network.weather.late:
             slack_s += self.network.weather.late_s
         self.is_over = True
-        self.network.connections.discard(self)
+        self.network.connections.pop(self, None)
         after, rng = self.network.scheduler.after, self.network.rng
         after(rng.random() * slack_s, self._client_hears, process=self.client)
         if self.server is not None:
@@ -190,7 +190,7 @@ class Connection:
         if self.is_over:
             return
         self.is_over = True
-        self.network.connections.discard(self)
+        self.network.connections.pop(self, None)
         self._client_hears(SimulatedRpcError(grpc.StatusCode.CANCELLED, "Locally cancelled by application!"))
         if self.server is not None:
             late_s = self.network.rng.random() * 2e-3
@@ -199,7 +199,7 @@ class Connection:
     def complete(self) -> None:
         """The handler has returned and its status is on its way."""
         self.is_over = True
-        self.network.connections.discard(self)
+        self.network.connections.pop(self, None)
         self.up.stop()
         self._run_callbacks()
 
@@ -229,7 +229,8 @@ class Network:
         self.rng = rng
         self.weather = weather
         self.servers: dict[str, SimulatedServer] = {}
-        self.connections: set[Connection] = set()
+        #: In the order in which they were made: a set would have that of their addresses in memory.
+        self.connections: dict[Connection, None] = {}
         #: Pairs of processes that do not hear of each other, and until when.
         self._apart: dict[frozenset[str], tuple[float, bool]] = {}
         self._ports = 20_000
@@ -267,24 +268,23 @@ class Network:
 
     def break_some(self, process: Process) -> None:
         """One connection of a process breaks."""
-        mine = sorted((c for c in self.connections if c.touches(process)), key=lambda c: (c.path, c.client.name))
+        mine = [connection for connection in self.connections if connection.touches(process)]
         if mine:
             self.rng.choice(mine).break_()
 
     def leave(self, process: Process) -> None:
         """A process is gone: so are its ports and its connections."""
         self.servers = {address: server for address, server in self.servers.items() if server.process is not process}
-        for connection in sorted(self.connections, key=lambda c: (c.path, c.client.name, c.address)):
+        for connection in list(self.connections):
             if connection.touches(process):
                 connection.break_()
 
     def _between(self, pair: frozenset[str]) -> list[Connection]:
-        found = [
+        return [
             c
             for c in self.connections
             if c.server is not None and frozenset((c.client.name, c.server.process.name)) == pair
         ]
-        return sorted(found, key=lambda c: (c.path, c.client.name))
 
     def _parted(self, connection: Connection) -> tuple[float, bool]:
         """How long a connection's ends still do not hear of each other, and whether a new one fails at once."""
@@ -330,7 +330,7 @@ class Network:
 
     def dial(self, connection: Connection) -> None:
         """A client's first message is on its way."""
-        self.connections.add(connection)
+        self.connections[connection] = None
         self.scheduler.after(self.latency(), self._accept, connection)
 
     def _accept(self, connection: Connection) -> None:
@@ -339,7 +339,7 @@ class Network:
             return
         if server is None or not server.process.alive:
             connection.is_over = True
-            self.connections.discard(connection)
+            self.connections.pop(connection, None)
             refused = _broken("failed to connect to all addresses: Connection refused")
             self.scheduler.after(self.latency(), connection._client_hears, refused, process=connection.client)
             return
@@ -559,7 +559,7 @@ class SimulatedServer:
     def stop(self, grace: float | None) -> Any:
         del grace
         self._network.servers.pop(self._address, None)
-        for connection in sorted(self._network.connections, key=lambda c: (c.path, c.client.name)):
+        for connection in list(self._network.connections):
             if connection.server is self:
                 connection.break_()
         return SimpleNamespace(wait=lambda _timeout=None: None)

@@ -1,15 +1,15 @@
 """What a run has to come to: one loop over steps, without processes, messages or faults.
 
-The model is a handful of chunks. Its gradient is a pure function of the weights as a worker gets them, of the step and
-of the contribution, and at some steps it overflows when the loss scale is high.
+What is trained is a `Model`, whose gradient is a pure function of the weights as a worker gets them, of the step and
+of the contribution. That of simulations is a handful of chunks, which at some steps overflow when the loss scale is
+high.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -72,6 +72,41 @@ def loss(step: int, contribution: int) -> float:
 
 
 @dataclass(frozen=True)
+class Model:
+    """What is trained."""
+
+    table: ParameterTable
+    #: The initial values of a chunk.
+    initial: Callable[[Chunk], np.ndarray]
+    #: As `gradient`.
+    gradient: Callable[[np.ndarray, int, int, Chunk, int, float], np.ndarray]
+
+
+CHAIN = Model(TABLE, initial, gradient)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is after some steps; what it holds changes with the next."""
+
+    plan: Plan
+    stores: Sequence[Store]
+    state: TrainingState
+    #: What has led here; None: the beginning.
+    decision: Decision | None
+    #: FP32 weights as a worker gets them.
+    published: np.ndarray
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What a checkpoint holds, by name, over the flat space."""
+        found: dict[str, np.ndarray] = {}
+        for chunk in self.plan.chunks:
+            for name, array in self.stores[chunk.shard].arrays(chunk).items():
+                found.setdefault(name, np.empty(self.plan.size, np.float32))[chunk.start : chunk.stop] = array
+        return found
+
+
+@dataclass(frozen=True)
 class Truth:
     """A whole run, version by version."""
 
@@ -88,34 +123,44 @@ class Truth:
 
 
 def train(config: RunConfig) -> Truth:
-    """Make all steps of a run."""
-    plan, wire = make_plan(TABLE, config.cluster.shards), config.precision.wire
+    """Make all steps of a simulated run."""
+    hashes, decisions, published, arrays = [], [], [], []
+    for position in walk(config, CHAIN):
+        hashes.append(tuple(store.state_hash for store in position.stores))
+        published.append(position.published)
+        arrays.append(position.arrays())
+        if position.decision is not None:
+            decisions.append(position.decision)
+    return Truth(position.plan, hashes, decisions, [content(d) for d in decisions], published, arrays)
+
+
+def walk(config: RunConfig, model: Model) -> Iterator[Position]:
+    """Make the steps of a run, one after the other; the first position is the beginning."""
+    plan, wire = make_plan(model.table, config.cluster.shards), config.precision.wire
     update = Update(config.optimizer, wire)
     stores = [Store(plan.chunks_of(shard), update, wire) for shard in range(plan.num_shards)]
     for chunk in plan.chunks:
         store = stores[chunk.shard]
-        store.weights(chunk)[:] = initial(chunk)
+        store.weights(chunk)[:] = model.initial(chunk)
         store.publish(chunk, store.encode(chunk, 0, 0))
-    state = TrainingState.start(config)
-    hashes, decisions, published = [_hashes(stores)], [], [_published(plan, stores, wire)]
-    arrays = [_arrays(plan, stores)]
+    position = Position(plan, stores, TrainingState.start(config), None, _published(plan, stores, wire))
+    yield position
     for step in range(config.training.end):
+        state = position.state
         for chunk in plan.chunks:
-            _reduce(config, stores[chunk.shard], chunk, published[-1], step, state.scaler.scale)
+            _reduce(config, model, stores[chunk.shard], chunk, position.published, step, state.scaler.scale)
         decision = decide(config, state, _reports(config, stores, step), Fence(0, 0))
         if not decision.skip:
             for chunk in plan.chunks:
                 store = stores[chunk.shard]
                 store.publish(chunk, store.apply(chunk, np.ones(len(chunk.runs), np.bool_), decision))
-        state = after(state, decision)
-        decisions.append(decision)
-        hashes.append(_hashes(stores))
-        published.append(_published(plan, stores, wire))
-        arrays.append(_arrays(plan, stores))
-    return Truth(plan, hashes, decisions, [content(d) for d in decisions], published, arrays)
+        position = Position(plan, stores, after(state, decision), decision, _published(plan, stores, wire))
+        yield position
 
 
-def _reduce(config: RunConfig, store: Store, chunk: Chunk, weights: np.ndarray, step: int, loss_scale: float) -> None:
+def _reduce(
+    config: RunConfig, model: Model, store: Store, chunk: Chunk, weights: np.ndarray, step: int, loss_scale: float
+) -> None:
     contributions, slots = config.contributions, config.batch.micro_batches_per_step
     wire = config.precision.wire
     counts = [len(slot_range(c, contributions, slots)) for c in range(contributions)]
@@ -123,7 +168,7 @@ def _reduce(config: RunConfig, store: Store, chunk: Chunk, weights: np.ndarray, 
     for contribution, count in enumerate(counts):
         here = weights[chunk.start : chunk.stop]
         room = np.empty(chunk.size, wire.numpy)
-        encode(gradient(here, step, contribution, chunk, count, loss_scale), count, wire, room)
+        encode(model.gradient(here, step, contribution, chunk, count, loss_scale), count, wire, room)
         rounded.append(room)
     kernels.reduce(rounded, counts, None, slots, wire, store.mean(chunk), store.square_sums(chunk))
 
@@ -133,10 +178,6 @@ def _reports(config: RunConfig, stores: Sequence[Store], step: int) -> list[Prep
     return [Prepared(Fence(0, 0), step, shard, store.all_square_sums(), told) for shard, store in enumerate(stores)]
 
 
-def _hashes(stores: Sequence[Store]) -> tuple[int, ...]:
-    return tuple(store.state_hash for store in stores)
-
-
 def _published(plan: Plan, stores: Sequence[Store], wire: WireDtype) -> np.ndarray:
     weights = np.empty(plan.size, np.float32)
     for chunk in plan.chunks:
@@ -144,11 +185,3 @@ def _published(plan: Plan, stores: Sequence[Store], wire: WireDtype) -> np.ndarr
         encode(stores[chunk.shard].weights(chunk), 1, wire, rounded)
         decode(rounded, wire, weights[chunk.start : chunk.stop])
     return weights
-
-
-def _arrays(plan: Plan, stores: Sequence[Store]) -> dict[str, Any]:
-    found: dict[str, np.ndarray] = {}
-    for chunk in plan.chunks:
-        for name, array in stores[chunk.shard].arrays(chunk).items():
-            found.setdefault(name, np.empty(plan.size, np.float32))[chunk.start : chunk.stop] = array
-    return found

@@ -17,5 +17,7 @@ SEEDS = 150
 def test_a_planted_bug_is_found(plant: Plant) -> None:
     standbys = int(plant in planted.OF_STANDBYS)
     with plant():
-        found = (simulate(seed, rough=True, standbys=standbys).wrong for seed in range(SEEDS))
-        assert any(found), "nobody noticed"
+        found = (seed for seed in range(SEEDS) if simulate(seed, rough=True, standbys=standbys).wrong)
+        seed = next(found, None)
+    assert seed is not None, "nobody noticed"
+    assert simulate(seed, rough=True, standbys=standbys).wrong == [], "it is the bug that was found"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import random
 import threading
 import time
@@ -203,12 +204,16 @@ class Workers:
         self._address = address
         self._transport = transport
         self._joined: dict[int, Joined] = {}
+        #: The first step that nobody may compute.
+        self._held_from = math.inf
+        self._may_compute = threading.Condition()
 
     def join(self, *ranks: int) -> None:
         """Start workers of these ranks."""
         # One after the other: building a model draws from torch's generator, which is one per process.
         for rank in ranks:
             self._joined[rank] = join(self._address, rank, None, self._transport(), _START_S)
+            self._before_each_batch(rank, self._await_step)
         for rank in ranks:
             worker = self._joined[rank]
             self._roles.start(f"worker {rank}", worker.run, worker.worker.leave)
@@ -219,14 +224,28 @@ class Workers:
 
     def hinder(self, rank: int, seconds: float) -> None:
         """Have a worker take so much longer for each micro-batch from now on."""
-        contributor: Any = self._joined[rank].worker._contributor
-        batches, pause = contributor._batches, threading.Event()
+        pause = threading.Event()
+        self._before_each_batch(rank, lambda _step: pause.wait(seconds))
 
-        def slow(step: int, slot: int) -> Any:
-            pause.wait(seconds)
+    def hold_from(self, step: float) -> None:
+        """Have nobody compute a step from this one on, until another one is named."""
+        with self._may_compute:
+            self._held_from = step
+            self._may_compute.notify_all()
+
+    def _await_step(self, step: int) -> None:
+        with self._may_compute:
+            self._may_compute.wait_for(lambda: step < self._held_from)
+
+    def _before_each_batch(self, rank: int, wait: Callable[[int], object]) -> None:
+        contributor: Any = self._joined[rank].worker._contributor
+        batches = contributor._batches
+
+        def batch(step: int, slot: int) -> Any:
+            wait(step)
             return batches.batch(step, slot)
 
-        contributor._batches = SimpleNamespace(batch=slow)
+        contributor._batches = SimpleNamespace(batch=batch)
 
     def status(self) -> pb.StatusResponse:
         with open_channel(self._address) as channel:
@@ -266,7 +285,10 @@ def train(
             roles.start(f"shard {index}", lambda shard=shard: shard.run(_START_S), lambda s=shard: s._end(*gave_up))
         workers = Workers(roles, address, transport)
         workers.join(*range(job.cluster.workers))
-        meanwhile(workers)
+        try:
+            meanwhile(workers)
+        finally:
+            workers.hold_from(math.inf)
         roles.wait(timeout_s, lambda: _describe(workers.status()))
     finally:
         roles.end()

@@ -165,6 +165,52 @@ def test_a_decision_that_a_shard_gave_back_is_not_accounted_for(run: FakeRun) ->
     assert found.steps[2].computed_by() == {}
 
 
+def test_a_journal_that_lost_power_goes_on_with_the_last_that_a_shard_gives_back(run: FakeRun) -> None:
+    """What was not on disk yet is not wrong, and said to be missing."""
+    run.run()
+    records = records_of(run)
+    given_back = {key: value for key, value in decided(records, 4).items() if key != "counted"}
+    lost = records[: records.index(decided(records, 2))]
+    found = audit([*lost, {"type": "term", "term": 2}, given_back])
+    assert found.problems == []
+    assert (found.unaccounted, found.accounted) == ([2, 3, 4], 2)
+    # A coordinator that goes on has lost nothing in between.
+    assert audit([*lost, given_back]).problems == ["step 4: was decided where step 2 was open"]
+
+
+def test_or_with_a_checkpoint_that_is_newer(run: FakeRun) -> None:
+    run.run()
+    records = records_of(run)
+    lost, rollback = records[: records.index(decided(records, 2))], {"type": "rollback", "version": 4, "epoch": 2}
+    epoch = {"type": "epoch", "term": 2, "epoch": 2, "shards": [1, 2]}
+    found = audit([*lost, {"type": "term", "term": 2}, epoch, rollback])
+    assert found.problems == []
+    assert found.unaccounted == [2, 3]
+    assert audit([*lost, rollback]).problems == ["step 4: a rollback to version 4, which is not decided"]
+
+
+def test_a_journal_in_the_place_of_a_damaged_one_begins_at_a_checkpoint(run: FakeRun) -> None:
+    run.run()
+    records = records_of(run)
+    beginning = records[: records.index(decided(records, 0))]
+    (rollback,) = [record for record in beginning if record["type"] == "rollback"]
+    rollback["version"] = 4
+    found = audit([*beginning, *records[records.index(decided(records, 4)) :]])
+    assert found.problems == []
+    assert found.unaccounted == [0, 1, 2, 3]
+    assert list(found.steps) == [4, 5]
+
+
+def test_a_step_that_is_made_again_is_accounted_for(run: FakeRun) -> None:
+    run.run_to(5)
+    run.join_shard(1)
+    run.run()
+    records = records_of(run)
+    del next(record for record in records if record["type"] == "decision" and record["step"] == 4)["counted"]
+    found = audit(records)
+    assert (found.problems, found.unaccounted, found.accounted) == ([], [], 6)
+
+
 def prepared(shard: int, *by: int) -> Prepared:
     reports = tuple(ContributionReport(c, 1.0, 10, rank, 100 + rank) for c, rank in enumerate(by))
     return Prepared(Fence(1, 1), 3, shard, (1.0,), reports)
@@ -219,6 +265,27 @@ def test_the_command_fails_where_something_is_wrong(
     out = capsys.readouterr().out
     assert "WRONG: step 2: shards [0, 1] counted contribution 1 2 times" in out
     assert "was counted once" not in out
+
+
+def test_a_run_without_a_journal_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path, "some text " * 2000).path
+    assert main(["audit", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert f"{folder} has no journal yet" in said
+    assert f"windlass resume {folder}" in said
+
+
+def test_steps_that_the_journal_lost_are_named(
+    run: FakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.run()
+    records = records_of(run)
+    for step in (2, 3):
+        del decided(records, step)["counted"]
+    assert main(["audit", str(written(tmp_path / "run", records))]) == 0
+    out = capsys.readouterr().out
+    assert "every contribution of 4 steps was counted once by every shard" in out
+    assert "not known who computed step 2, 3: the journal does not have it any more" in out
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

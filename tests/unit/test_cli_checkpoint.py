@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from ps.storage.digest import digest
+from ps.storage.manifest import Manifest
 from tests.support.checkpoints import flip, make_arrays, make_table, write_checkpoint
+from workers.cli import checkpoint
 from workers.cli.main import main
 from workers.launch.folder import RunFolder
 from workers.launch.jobs import resolve
@@ -45,6 +48,32 @@ def test_good_ones_are_good(run: Path, capsys: pytest.CaptureFixture[str]) -> No
     code, lines, err = call(capsys, "verify", str(run))
     assert (code, err) == (0, "")
     assert lines == [f"step-000000{version}: good, 2 files, 0.5 MiB" for version in (10, 20, 30)]
+
+
+@pytest.mark.parametrize("gone", ["manifest.json", "shard-00001-of-00002.safetensors"])
+def test_one_that_the_run_removes_meanwhile_is_not_damaged(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:
+    """Before its manifest is read, or after it."""
+    oldest, real = run / "checkpoints" / "step-00000010", checkpoint.verify_checkpoint
+
+    def verify(folder: Path) -> Manifest:
+        if folder != oldest:
+            return real(folder)
+        (folder / gone).unlink()
+        try:
+            return real(folder)
+        finally:
+            shutil.rmtree(folder)
+
+    monkeypatch.setattr(checkpoint, "verify_checkpoint", verify)
+    code, lines, _ = call(capsys, "verify", str(run))
+    assert code == 0
+    assert [line.split(",")[0] for line in lines] == [
+        "step-00000010: removed meanwhile",
+        "step-00000020: good",
+        "step-00000030: good",
+    ]
 
 
 def test_a_damaged_one_is_named_and_is_the_exit_code(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,15 +76,17 @@ def test_a_run_that_is_being_started(folder: RunFolder, capsys: pytest.CaptureFi
 def test_a_coordinator_that_does_not_answer_is_not_one_that_is_gone(
     folder: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A process of this command's name.
-    stopped = subprocess.Popen([sys.executable, "-c", "input()", "windlass"], stdin=subprocess.PIPE)
+    # A process with the command line of this run's coordinator.
+    words = ["-m", "workers.cli.main", "coordinator", str(folder.config)]
+    stopped = subprocess.Popen([sys.executable, "-c", "input()", *words], stdin=subprocess.PIPE)
     monkeypatch.setattr("workers.cli.status.ANSWER_S", 0.2)
     lock = folder.try_lock()
     assert lock is not None
     try:
         with socket.create_server(("127.0.0.1", 0)) as deaf:
             address = f"127.0.0.1:{deaf.getsockname()[1]}"
-            member = {"role": "coordinator", "rank": 0, "pid": stopped.pid, "address": address}
+            host = socket.gethostname()
+            member = {"role": "coordinator", "rank": 0, "pid": stopped.pid, "host": host, "address": address}
             folder.cluster.write_text(json.dumps([member]))
             assert main(["status", "runs/a"]) == 1
     finally:

@@ -77,6 +77,11 @@ def test_merging_and_nesting() -> None:
         (["data.paths=3"], ["data.paths=3: a list is needed"]),
         (["model=3"], ["model=3: a section is needed, with its keys: name, num_layers, "]),
         (["model="], ["model=null: a section is needed"]),
+        (
+            ["journal.dir=/disk"],
+            ["journal.dir=/disk does nothing with durability=checkpoint: set durability=journal, or leave it out"],
+        ),
+        (["journal.max_bytes=1"], ["journal.max_bytes=1 does nothing with durability=checkpoint"]),
         (["trace.steps=10"], ["trace.steps=10: write it as first:end, such as 10:15 for the steps 10 to 14"]),
         (["trace.steps=10:"], ["trace.steps: write it as first:end, such as 10:15"]),
         (["trace.steps=-1:2"], ["trace.steps=-1:2: write it as first:end"]),

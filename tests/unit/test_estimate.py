@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ps.errors import StartupError
 from ps.shard import snapshot
 from ps.sharding import make_plan
 from ps.storage.gradient_log import usual_limit
@@ -213,6 +214,25 @@ def test_validate_as_json_is_the_estimate(tmp_path: Path, capsys: pytest.Capture
     assert [shard["num_bytes"] for shard in content["estimate"]["shards"]] == [s.num_bytes for s in found.shards]
     assert content["estimate"]["push_bytes_per_step"] == found.push_total
     assert content["estimate"]["host_bytes"] == found.host_bytes
+
+
+def test_a_run_that_needs_more_workers_than_it_starts_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may join by hand, so it is no error."""
+    job = [f"run_dir={tmp_path / 'run'}", "membership.min_workers=9", "cluster.workers=2"]
+    warning = "windlass: warning: membership.min_workers=9 is more than cluster.workers=2: nothing is computed until"
+    code, _, err = call(capsys, *job)
+    assert code == 0
+    assert err.startswith(warning)
+    assert call(capsys, *job[:2], "cluster.workers=9")[2] == ""
+
+    def launcher(*_: object) -> None:
+        raise StartupError("as far as this test goes")
+
+    monkeypatch.setattr("workers.cli.train.Launcher", launcher)
+    assert main(["train", *job]) == 1
+    assert capsys.readouterr().err.startswith(warning)
 
 
 def test_validate_refuses_what_train_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

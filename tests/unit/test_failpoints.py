@@ -15,7 +15,7 @@ import pytest
 
 from ps import failpoints
 from ps.errors import ConfigError
-from ps.failpoints import NAMES, POINTS, Failpoints
+from ps.failpoints import NAMES, POINTS, Failpoints, roles_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,7 +76,7 @@ def test_it_happens_at_the_hits_that_were_named(text: str, failed: list[int]) ->
     ],
 )
 def test_it_happens_in_the_roles_that_are_meant(who: str, member: str, is_meant: bool) -> None:
-    assert failures(armed(f"{who}push.before:error@1", member), "push.before", 2) == [1] * is_meant
+    assert failures(armed(f"{who}fsync.before:error@1", member), "fsync.before", 2) == [1] * is_meant
 
 
 def test_nothing_happens_before_a_process_has_said_who_it_is() -> None:
@@ -105,7 +105,14 @@ def test_a_delay_delays() -> None:
         ("apply.before:crash", "is not .WHO/.NAME"),
         ("apply.before:kill@0", "is not .WHO/.NAME"),
         ("apply.before:error=EWHAT", "EWHAT is not the name of an errno"),
-        ("apply.before:delay=soon", "soon is not a number of seconds"),
+        ("apply.before:delay=soon", "soon is not a number of seconds from 0 to 86400"),
+        ("apply.before:delay=inf", "inf is not a number of seconds"),
+        ("apply.before:delay=nan", "nan is not a number of seconds"),
+        ("apply.before:kill=1e9", "1e9 is not a number of seconds"),
+        ("shards-1/apply.before:kill", "no role 'shards'; there are coordinator, shard, standby, worker"),
+        ("coordinator/push.before:kill", "a coordinator never comes to push.before; worker does"),
+        ("worker/decision.before:kill", "a worker never comes to decision.before; coordinator, shard, standby does"),
+        ("coordinator-0/record.before:kill", "the coordinator has no number; write coordinator/record.before"),
     ],
 )
 def test_what_cannot_be_understood_is_refused(text: str, message: str) -> None:
@@ -138,5 +145,16 @@ def test_a_process_is_killed_where_it_was_told(tmp_path: Path) -> None:
     assert file.read_bytes() == b"first"
 
 
-def test_every_point_is_described() -> None:
-    assert all(re.match(r"(coordinator|shard|standby|worker|any): ", meaning) for meaning in POINTS.values())
+def test_every_point_says_who_has_it() -> None:
+    assert all(roles_of(point) for point in POINTS)
+    assert roles_of("decision") == ["coordinator", "shard", "standby"]
+    assert roles_of("fsync") == ["coordinator", "shard", "standby", "worker"]
+    assert roles_of("mirror") == ["shard"]
+
+
+def test_the_table_for_people_has_every_point() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    rows = re.findall(r"^\| (`[a-z.`, ]+`) \| ([a-z, ]+): ", text, re.MULTILINE)
+    listed = {point: roles.split(", ") for points, roles in rows for point in re.findall("`([a-z.]+)`", points)}
+    assert set(listed) == set(POINTS)
+    assert all(POINTS[point].startswith(f"{', '.join(roles)}: ") for point, roles in listed.items())

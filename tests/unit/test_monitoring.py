@@ -84,9 +84,25 @@ def test_a_shard_that_comes_back_is_a_recovery_and_the_start_is_none(run: FakeRu
 
 def test_damaged_checkpoints_are_counted(tmp_path: Path) -> None:
     run = FakeRun(make_config(tmp_path))
-    run.machine.snapshots.rejected.append("step-00000003")
-    monitor(run).look(run.machine)
+    run.everybody()
+    watched, snapshots = monitor(run), run.machine.snapshots
+    run.run_to(4)
+    newest = snapshots.candidates[-1]
+    # Whoever removes older ones reads the same one each time.
+    for _ in range(2):
+        snapshots.damaged(newest.name)
+    watched.look(run.machine)
     assert shown("checkpoints_damaged") == 1
+    # A shard that has to load it will see by itself.
+    assert newest in snapshots.candidates
+    snapshots.reject(newest)
+    watched.look(run.machine)
+    assert shown("checkpoints_damaged") == 1
+    run.join_shard(0)
+    run.run()
+    watched.look(run.machine)
+    assert snapshots.exists(newest.state.version)
+    assert shown("checkpoints_damaged") == 0, "it was written again"
 
 
 @pytest.mark.parametrize(

@@ -146,14 +146,28 @@ def test_numbers_that_json_does_not_have_are_an_error(folder: Path) -> None:
 
 def test_members_and_targets(folder: Path) -> None:
     members = [
-        MemberState(Role.COORDINATOR, 0, 0, 10, "host", "127.0.0.1:1", "127.0.0.1:2"),
-        MemberState(Role.SHARD, 1, 5, 11, "host", "127.0.0.1:3", ""),
+        MemberState(Role.COORDINATOR, 0, 0, 10, "here", "127.0.0.1:1", "127.0.0.1:2"),
+        MemberState(Role.SHARD, 1, 5, 11, "there", "127.0.0.1:3", ""),
     ]
     recorder = Recorder(folder, "run-7")
     recorder.members(members)
     assert json.loads((folder / "cluster.json").read_text()) == [
-        {"role": "coordinator", "rank": 0, "pid": 10, "address": "127.0.0.1:1", "metrics_address": "127.0.0.1:2"},
-        {"role": "shard", "rank": 1, "pid": 11, "address": "127.0.0.1:3", "metrics_address": ""},
+        {
+            "role": "coordinator",
+            "rank": 0,
+            "pid": 10,
+            "host": "here",
+            "address": "127.0.0.1:1",
+            "metrics_address": "127.0.0.1:2",
+        },
+        {
+            "role": "shard",
+            "rank": 1,
+            "pid": 11,
+            "host": "there",
+            "address": "127.0.0.1:3",
+            "metrics_address": "",
+        },
     ]
     assert json.loads((folder / "targets.json").read_text()) == [
         {"targets": ["127.0.0.1:2"], "labels": {"role": "coordinator", "rank": "0", "run": "run-7"}}

@@ -92,8 +92,10 @@ def test_the_last_good_one_is_never_removed(tmp_path: Path, harm: str) -> None:
             flip(folder / "manifest.json", 500)
         else:
             (folder / "manifest.json").write_text("{")
-    assert [version_of(folder) for folder in retain(tmp_path, 2)] == [10]
+    damaged: list[Path] = []
+    assert [version_of(folder) for folder in retain(tmp_path, 2, on_damaged=damaged.append)] == [10]
     assert versions_in(tmp_path) == [20, 30, 40]
+    assert [version_of(folder) for folder in damaged] == [40, 30]
 
 
 def test_keeping_none_is_a_mistake(tmp_path: Path) -> None:

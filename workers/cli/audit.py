@@ -8,9 +8,13 @@ from typing import Annotated
 import typer
 
 from ps.coordinator.audit import Audit, Event, Step, audit
+from ps.errors import ConfigError
 from ps.storage.journal import read
 from workers.cli.arguments import Run
 from workers.launch.folder import RunFolder
+
+#: So many steps are named; of more, how many there are.
+_NAMED = 8
 
 
 def audit_run(
@@ -26,7 +30,7 @@ def audit_run(
     """
     folder = RunFolder(run)
     folder.read_job()
-    found = audit(read(folder.journal))
+    found = audit_of(folder)
     if steps:
         for number, step in sorted(found.steps.items()):
             print(_step_line(number, step))
@@ -36,17 +40,39 @@ def audit_run(
     return 1 if found.problems else 0
 
 
+def audit_of(folder: RunFolder) -> Audit:
+    """Audit a run's journal.
+
+    Raises:
+        ConfigError: it has none.
+        StorageError: it cannot be read.
+    """
+    if not folder.journal.is_dir():
+        raise ConfigError(
+            f"{folder.path} has no journal yet: its coordinator writes {folder.journal} when it starts "
+            f"(windlass resume {folder.path}); the run folder on the coordinator's host has it"
+        )
+    return audit(read(folder.journal))
+
+
+def accounting(found: Audit) -> list[str]:
+    """That every contribution was counted once, as far as it is so, and of which steps nobody knows."""
+    lines = []
+    if not found.problems:
+        lines.append(f"every contribution of {_count(found.accounted, 'step')} was counted once by every shard")
+    if found.unaccounted:
+        named, more = ", ".join(map(str, found.unaccounted[:_NAMED])), len(found.unaccounted) - _NAMED
+        shown = f"{named} and {more} more" if more > 0 else named
+        lines.append(f"not known who computed step {shown}: the journal does not have it any more")
+    return lines
+
+
 def _summary(found: Audit) -> list[str]:
     skipped = sum(step.decision.skip for step in found.steps.values())
     each = _count(found.contributions, "contribution")
     decided = f"{_count(len(found.steps), 'step')} decided, {skipped} of them skipped"
     lines = [f"run {found.run}: {decided}, with {each} each, by {_count(found.shards, 'shard')}"]
-    if not found.problems:
-        accounted = len(found.steps) - len(set(found.unaccounted) & set(found.steps))
-        lines.append(f"every contribution of {_count(accounted, 'step')} was counted once by every shard")
-    if found.unaccounted:
-        named = ", ".join(map(str, found.unaccounted[:8]))
-        lines.append(f"not known who computed step {named}: the journal had lost it, and a shard gave it back")
+    lines += accounting(found)
     if found.repeated:
         lines.append(f"{_count(found.repeated, 'step')} decided again after a rollback")
     lines += [

@@ -10,12 +10,13 @@ from typing import Annotated
 
 import typer
 
-from ps.coordinator.audit import audit
 from ps.errors import ConfigError
 from ps.storage.digest import digest as digest_of
-from ps.storage.journal import read
+from ps.storage.layout import version_of
+from workers.cli import report
+from workers.cli.audit import accounting, audit_of
 from workers.launch import faults
-from workers.launch.chaos import LOOK_S, strike_all
+from workers.launch.chaos import HANGS_S, await_end, strike_all
 from workers.launch.faults import Kind
 from workers.launch.folder import RunFolder, find_checkpoint
 
@@ -35,7 +36,8 @@ def chaos(
 ) -> int:
     """Kill, stop and cut off processes of a running job, of every role; then wait for its end, and judge it.
 
-    Give the run room for it: launch.restart_limit=1000, or a role that dies often ends it.
+    Give the run room for it: launch.restart_limit=1000, or a role that dies often ends it. Exit code 1: there were
+    fewer faults than were asked for, the run did not reach its end, or its result is another one.
     """
     folder = RunFolder(run)
     job = folder.read_job()
@@ -49,11 +51,16 @@ def chaos(
         struck[f"{plan.kind} {process.role}"] += 1
         stop = f" for {plan.stop_s:.1f} s" if plan.kind is Kind.STOP else ""
         print(f"{fault.at - began:8.1f} s  {done:4}  {plan.kind:<4} {process}{stop}", flush=True)
+    print(", ".join(f"{kind}: {times}" for kind, times in sorted(struck.items())) or "no fault", flush=True)
+    if folder.is_held():
+        print(f"waiting for the end, step {job.training.end}; {HANGS_S:.0f} s without a new one: it hangs", flush=True)
+        await_end(folder)
+    wrong = _judge(folder, same_as)
     if struck.total() < count:
-        print(f"the run is over after {struck.total()} of {count} faults", flush=True)
-    print(", ".join(f"{kind}: {times}" for kind, times in sorted(struck.items())), flush=True)
-    _await_end(folder)
-    return _verdict(run, same_as)
+        wrong.append(f"the run was over after {struck.total()} of {count} faults")
+    for what in wrong:
+        print(f"WRONG: {what}")
+    return 1 if wrong else 0
 
 
 def _kinds(text: str) -> Sequence[Kind]:
@@ -63,24 +70,22 @@ def _kinds(text: str) -> Sequence[Kind]:
         raise ConfigError(f"--kinds {text}: there are {', '.join(Kind)}") from None
 
 
-def _await_end(folder: RunFolder) -> None:
-    while folder.is_held():
-        time.sleep(LOOK_S)
-
-
-def _verdict(run: Path, same_as: Path | None) -> int:
-    """Say whether every contribution was counted once, and whether the digest is that of a run without faults."""
-    found = audit(read(RunFolder(run).journal))
-    for problem in found.problems:
-        print(f"WRONG: {problem}")
-    if not found.problems:
-        print(f"every contribution of {len(found.steps)} steps was counted once by every shard")
-    checkpoint = find_checkpoint(run)
+def _judge(folder: RunFolder, same_as: Path | None) -> list[str]:
+    """What is wrong with how a run has ended; says what it finds."""
+    found = audit_of(folder)
+    print("\n".join(accounting(found)))
+    wrong = list(found.problems)
+    checkpoint = find_checkpoint(folder.path)
     digest = digest_of(checkpoint)
     print(f"digest {digest} of {checkpoint.name}")
-    if same_as is None:
-        return 1 if found.problems else 0
-    expected = digest_of(find_checkpoint(same_as))
-    same = digest == expected
-    print("the same as without faults" if same else f"NOT the same: without faults it is {expected}")
-    return 0 if same and not found.problems else 1
+    job = folder.read_job().model_copy(update={"run_dir": folder.path})
+    saved = version_of(checkpoint)
+    if report.completion(folder, job) is None and saved != job.training.end:
+        wrong.append(f"the run ended at step {saved} of {job.training.end}: the logs in {folder.logs} say why")
+    if same_as is not None:
+        expected = digest_of(find_checkpoint(same_as))
+        if digest == expected:
+            print("the same as without faults")
+        else:
+            wrong.append(f"without faults the digest is {expected}")
+    return wrong

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 import textwrap
 import warnings
 
@@ -49,6 +50,12 @@ def completion(folder: RunFolder, job: JobConfig) -> str | None:
             f"windlass resume {folder.path} training.target_loss=null"
         )
     return None
+
+
+def print_doubts(job: JobConfig) -> None:
+    """Warn of what a job may wait for in vain."""
+    for doubt in job.doubts:
+        print(f"windlass: warning: {doubt}", file=sys.stderr)
 
 
 def print_unfinished(folder: RunFolder, job: JobConfig) -> None:

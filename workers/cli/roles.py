@@ -96,6 +96,8 @@ def coordinator(
     _check_address("--metrics-listen", metrics_listen)
     _check_host("--advertise", advertise)
     _begin(Role.COORDINATOR, None, log_level or Level(resolved.launch.log_level))
+    for doubt in resolved.doubts:
+        log.warning("%s", doubt)
     wanted = resolved.security
     security = load_security(certificates or wanted.certificates, insecure or wanted.insecure, Role.COORDINATOR)
     # Before the job is written: with another one, the folder would hold another run.

@@ -19,7 +19,7 @@ from ps.storage import layout
 from ps.wire.security import CLIENT, Security, load_security
 from workers.cli import report
 from workers.cli.arguments import Certificates
-from workers.launch import faults
+from workers.launch.alive import alive
 from workers.launch.folder import RunFolder
 from workers.launch.metrics import Progress, Tail, last_evaluation
 from workers.launch.signals import Signals
@@ -115,7 +115,7 @@ class Place:
         checkpoints = f"{len(saved)} checkpoints, the newest {saved[-1]}" if saved else "no checkpoint"
         checkpoints = checkpoints.replace("1 checkpoints, the newest", "one checkpoint,")
         reached = f"step {known['version']} of {known['steps']}, {checkpoints}"
-        there = [process.pid for process in faults.alive(self._folder.members()) if process.role == "coordinator"]
+        there = [process.pid for process in alive(self._folder) if process.role == "coordinator"]
         if there and self._folder.is_held():
             return PeerUnavailable(
                 f"{self._folder.path}: its coordinator (process {there[0]}) has not answered for {ANSWER_S:.0f} s: it "

@@ -104,6 +104,7 @@ def _launch(job: JobConfig, resume: bool) -> int:
     logging.getLogger("workers").addHandler(logging.NullHandler())
     refuse_missing_device(job.worker.device)
     security = _security(job)
+    report.print_doubts(job)
     folder = RunFolder(job.run_dir)
     display = choose_display(sys.stdout, job.launch.progress_every_steps, str(folder.path), security)
     command = RoleCommands(job, folder.config, resume)

@@ -8,13 +8,17 @@ from dataclasses import dataclass
 
 from ps.errors import WaitTimeout
 from workers.launch import faults
-from workers.launch.faults import Plan, Process
+from workers.launch.alive import Process, alive
+from workers.launch.faults import Plan
 from workers.launch.folder import RunFolder
+from workers.launch.metrics import Tail
 
 #: How often a run is looked at.
 LOOK_S = 0.2
 #: A run without anybody to strike for so long is over, or has never begun.
 GONE_S = 60.0
+#: A run that has recorded nothing for so long hangs.
+HANGS_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,28 @@ def strike_all(folder: RunFolder, drawn: Iterator[Plan], count: int) -> Iterator
 def _await_processes(folder: RunFolder) -> list[Process]:
     """The run's processes; none when it is over."""
     deadline = time.monotonic() + GONE_S
-    while not (processes := faults.alive(folder.members())):
+    while not (processes := alive(folder)):
         if not folder.is_held():
             return []
         if time.monotonic() > deadline:
             raise WaitTimeout(f"{folder.path}: none of its processes has been there for {GONE_S:.0f} s")
         time.sleep(LOOK_S)
     return processes if folder.is_held() else []
+
+
+def await_end(folder: RunFolder, hangs_s: float = HANGS_S) -> None:
+    """Wait until a run is over, however long that takes while it goes on.
+
+    Raises:
+        WaitTimeout: it has recorded nothing for too long.
+    """
+    recorded, deadline = Tail(folder.metrics), time.monotonic() + hangs_s
+    while folder.is_held():
+        if any(recorded.poll()):
+            deadline = time.monotonic() + hangs_s
+        if time.monotonic() > deadline:
+            raise WaitTimeout(
+                f"{folder.path} has recorded no step for {hangs_s:.0f} s, and is not over; whom it waits for: windlass "
+                f"status {folder.path}"
+            )
+        time.sleep(LOOK_S)

@@ -18,9 +18,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from ps.errors import ConfigError
+from workers.launch.alive import Process
 
 #: System calls that Python has no name for; the same numbers on every architecture of Linux.
 _PIDFD_GETFD = 438
@@ -34,18 +34,6 @@ class Kind(StrEnum):
     KILL = "kill"
     STOP = "stop"
     CUT = "cut"
-
-
-@dataclass(frozen=True)
-class Process:
-    """A role of a run that is alive here."""
-
-    role: str
-    rank: int
-    pid: int
-
-    def __str__(self) -> str:
-        return f"{self.role} {self.rank} (pid {self.pid})"
 
 
 @dataclass(frozen=True)
@@ -77,16 +65,6 @@ def plans(seed: int, kinds: Sequence[Kind], every_s: float, longest_stop_s: floa
         yield Plan(draw.choice(list(kinds)), draw.random(), draw.random(), stop_s, draw.uniform(0.5, 1.5) * every_s)
 
 
-def alive(members: Sequence[dict[str, Any]]) -> list[Process]:
-    """The members of a cluster.json whose process runs on this host, in its order."""
-    found = []
-    for member in members:
-        pid, role = int(member.get("pid") or 0), str(member.get("role", ""))
-        if pid > 0 and _runs_windlass(pid):
-            found.append(Process(role, int(member.get("rank", 0)), pid))
-    return found
-
-
 def choose(plan: Plan, processes: Sequence[Process]) -> Process:
     """Whom a fault strikes: each role is as likely, and in it each process."""
     roles = sorted({process.role for process in processes})
@@ -96,16 +74,24 @@ def choose(plan: Plan, processes: Sequence[Process]) -> Process:
 
 
 def strike(plan: Plan, process: Process) -> bool:
-    """Carry out a fault; False: the process was gone, or has no connection to cut."""
+    """Carry out a fault; False: the process was gone, or has no connection to cut.
+
+    Raises:
+        ConfigError: this user, or the kernel, may not do that to it.
+    """
     try:
         if plan.kind is Kind.KILL:
             os.kill(process.pid, signal.SIGKILL)
             return True
         if plan.kind is Kind.STOP:
             return _stop(process.pid, plan.stop_s)
+        return cut(process.pid, plan.member)
     except ProcessLookupError:
         return False
-    return cut(process.pid, plan.member)
+    except PermissionError:
+        raise ConfigError(
+            f"{process} is another user's: strike a run as the user that started it, or as root"
+        ) from None
 
 
 def _stop(pid: int, seconds: float) -> bool:
@@ -174,13 +160,3 @@ def _connections(pid: int) -> list[int]:
                 if match is not None and match[1] in inodes:
                     found.append(int(entry.name))
     return sorted(found)
-
-
-def _runs_windlass(pid: int) -> bool:
-    """Whether a process is a role, and not one that has got the number of one that died."""
-    try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX" and (b"workers.cli.main" in command or b"windlass" in command)
