@@ -263,8 +263,10 @@ class ShardEngine:
         before = self.protocol.fence
         self.protocol.adopt(fence)
         if fence > before:
-            # The coordinator says anew who stands by.
+            # The coordinator says anew who stands by, and for whom.
             self._mirroring.stop()
+            if self.follower is not None:
+                self.follower.close()
 
     # -- Standby --------------------------------------------------------------------------------
 

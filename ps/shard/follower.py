@@ -65,6 +65,10 @@ class Follower:
         self._coming.clear()
         self._reduced.clear()
         self._engine.has_state = False
+        self.close()
+
+    def close(self) -> None:
+        """Take nothing more from the stream that is open; what is held stays."""
         if self.stream is not None:
             self.stream.close()
 
@@ -186,27 +190,30 @@ class FollowerStream:
         self._closed = False
 
     def close(self) -> None:
-        """End `replies`; what was received stays."""
-        self._closed = True
-        self._answers.put(None)
+        """Take nothing more, and end `replies` with what is answered already."""
         with self._engine.lock:
+            if not self._closed:
+                self._closed = True
+                self._answers.put(None)
             self._engine.opened.notify_all()
 
     def replies(self) -> Iterator[bytes]:
-        while (answer := self._answers.get()) is not None and not self._closed:
+        while (answer := self._answers.get()) is not None:
             yield answer
 
     def receive(self, data: bytes) -> None:
         """Take one frame; one of the next step waits until it is open. A refusal is answered, and ends the stream."""
         try:
-            fields, payload = frame.decode(data)
-            header = parse_to_standby(fields)
             with self._engine.lock:
-                answer = self._handle(header, payload)
+                if self._closed:
+                    return
+                fields, payload = frame.decode(data)
+                answer = self._handle(parse_to_standby(fields), payload)
         except Refusal as refusal:
             log.warning("refused what the shard sent: %s", refusal.message)
             refused = Refused(refusal.code, refusal.message, -1, -1, -1)
             self._answers.put(frame.encode(refused.pack()))
+            self.close()
             return
         if isinstance(answer, Covered):
             failpoints.hit("cover.before")

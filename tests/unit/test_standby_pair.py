@@ -17,7 +17,7 @@ from ps.shard.engine import ShardEngine
 from ps.shard.follower import FollowerStream
 from ps.types import Applied, Fence, Prepared
 from ps.wire import frame
-from ps.wire.messages import Mirror, parse_to_standby
+from ps.wire.messages import Mirror, parse_from_standby, parse_to_standby
 from tests.support.eventually import eventually
 from tests.support.shards import FENCE, RUN, TABLE, TIMEOUT_S, Rig, Told, make_config, rig
 
@@ -320,3 +320,26 @@ def test_what_an_older_fence_says_is_refused(pair: Pair) -> None:
     assert not pair.is_joined
     with pytest.raises(StaleFence, match="a standby under"):
         pair.shard.engine.replicate(Mirror(RUN, "", newer.term, newer.epoch, 0, 1, LIFE), "x", pair._open)
+
+
+def test_what_the_shard_sends_under_an_older_fence_is_not_taken(pair: Pair) -> None:
+    pair.attach()
+    pair.fill()
+    state, newer = pair.shard.state, Fence(FENCE.term, FENCE.epoch + 1)
+    # The shard is cut off: it has not heard of the epoch under which the standby keeps what it holds.
+    pair.standby.follow(newer, state.version, state.applied, state.scaler.scale, True)
+    report = pair.shard.push_step()
+    assert (report.fence, report.standby) == (FENCE, 0)
+    assert not any(pair.standby.protocol.reduction(chunk.index).reduced for chunk in pair.shard.chunks)
+    assert not pair.standby.protocol.all_reduced
+
+
+def test_a_refusal_is_the_last_answer_on_a_stream(pair: Pair) -> None:
+    pair.attach()
+    talk = FollowerStream(pair.standby, LIFE)
+    talk.receive(b"\x0a\x00")
+    answers = [parse_from_standby(frame.decode(answer)[0]) for answer in talk.replies()]
+    assert [answer.kind for answer in answers] == ["refused"]
+    # What comes after it is not looked at.
+    talk.receive(b"\x0a\x00")
+    assert talk._answers.empty()
