@@ -446,3 +446,15 @@ def test_state_that_waits_is_counted_apart_from_the_rest() -> None:
     link.drain(OneFrame(), lambda: None)
     link._broken.clear()
     assert not link.wants_state(third)
+
+
+def test_what_a_standby_holds_of_a_step_ends_with_its_loss_scale(pair: Pair) -> None:
+    """A coordinator that starts anew may have the open step computed again, with another loss scale."""
+    pair.attach()
+    pair.fill()
+    assert pair.push_step().standby == LIFE
+    assert pair.standby.protocol.all_reduced
+    state, newer = pair.shard.state, Fence(FENCE.term, FENCE.epoch + 1)
+    pair.seat.follow(newer, state.version, state.applied, 8.0, True)
+    assert (pair.standby.protocol.loss_scale, pair.standby.protocol.chunks_reduced) == (8.0, 0)
+    assert pair.standby.has_state
