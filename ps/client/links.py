@@ -84,7 +84,8 @@ class Inbox:
 
     def __init__(self) -> None:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        # A signal handler may put an event while the same thread holds it.
+        self._lock = threading.RLock()
         self._fences = 0
 
     @property

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Any
 
 from ps.coordinator.decision import TrainingState
-from ps.types import Decision, Fence, Role
+from ps.types import Decision, Fence
 
 
 class Control(Enum):
@@ -71,18 +71,10 @@ class TellReplicate:
 
 
 @dataclass(frozen=True)
-class Promoted:
-    """A standby is the shard from now on: what is told to the shard goes to it."""
-
-    shard: int
-
-
-@dataclass(frozen=True)
 class Dismiss:
-    """End a member's life."""
+    """End a life that is not a member any more."""
 
-    role: Role
-    rank: int
+    life: int
     reason: str
 
 
@@ -175,7 +167,6 @@ Action = (
     | TellDecision
     | Follow
     | TellReplicate
-    | Promoted
     | Dismiss
     | TellForegone
     | TellSnapshot

@@ -87,7 +87,7 @@ class CoordinatorApp:
             self._journal.close()
             raise
         self._sessions = Sessions()
-        self._loop = Loop(self._after_each, self._failed)
+        self._loop = Loop(self._carry_out, self._look, self._failed)
         self._recorder = Recorder(config.run_dir, config.run_name)
         self._recorder.keep(history.recorded, set(history.evaluations))
         identify(config.run_name, Role.COORDINATOR, 0)
@@ -195,10 +195,22 @@ class CoordinatorApp:
 
     # -- On the loop's thread -------------------------------------------------------------------
 
-    def _after_each(self, now: float) -> None:
-        self._machine.advance(now)
+    def _carry_out(self, began: float | None = None) -> None:
+        """Do what has been asked for, before anything else can happen.
+
+        Args:
+            began: since when what led to it has taken; None: it is done at once.
+        """
+        began = time.monotonic() if began is None else began
         self._effects.carry_out(actions := self._machine.drain())
-        self._timeline.note(actions, now)
+        self._timeline.note(actions, began)
+
+    def _look(self, now: float, away_s: float) -> None:
+        began = time.monotonic()
+        self._machine.was_away(away_s, now)
+        self._machine.advance(now)
+        self._carry_out(began)
+        self._effects.catch_up()
         self._monitor.look(self._machine)
         self._say_waiting(now)
 

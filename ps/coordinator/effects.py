@@ -94,7 +94,6 @@ class Effects:
             actions.Follow: self._follow,
             actions.TellDecision: self._tell_decision,
             actions.TellReplicate: self._tell_replicate,
-            actions.Promoted: self._promoted,
             actions.Dismiss: self._dismiss,
             actions.TellForegone: self._tell_foregone,
             actions.TellSnapshot: self._tell_snapshot,
@@ -110,6 +109,7 @@ class Effects:
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._recorder.close()
         if self._nonce is not None:
             storage_proof.remove_nonce(self._machine.config.checkpoint_dir, self._nonce[0])
 
@@ -145,9 +145,7 @@ class Effects:
         self._journal.append({**action.record, "at": time.time()}, sync=action.sync)
 
     def _record(self, action: actions.Record) -> None:
-        failpoints.hit("record.before", action.line["kind"])
         self._recorder.record(action.line)
-        failpoints.hit("record.after", action.line["kind"])
         self._say(action.line)
         _export(action.line)
 
@@ -162,6 +160,11 @@ class Effects:
 
     def _rewind(self, action: actions.Rewind) -> None:
         self._recorder.rewind(action.version)
+
+    def catch_up(self) -> None:
+        """Write what a disk that failed has kept from being written."""
+        self._recorder.catch_up()
+        metrics.METRICS_BEHIND.set(self._recorder.behind)
 
     def members_changed(self) -> None:
         """Write cluster.json and targets.json."""
@@ -331,25 +334,28 @@ class Effects:
     def _tell_decision(self, action: actions.TellDecision) -> None:
         role = Role.STANDBY if action.standby else Role.SHARD
         failpoints.hit("decision.before")
-        self._sessions.tell((role, action.shard), decision=to_proto(action.decision))
+        self._tell(role, action.shard, decision=to_proto(action.decision))
         failpoints.hit("decision.after")
 
     def _tell_replicate(self, action: actions.TellReplicate) -> None:
         wanted = pb.Replicate(fence=to_proto(action.fence), address=action.address, incarnation=action.life)
-        self._sessions.tell((Role.SHARD, action.shard), replicate=wanted)
-
-    def _promoted(self, action: actions.Promoted) -> None:
-        self._sessions.move((Role.STANDBY, action.shard), (Role.SHARD, action.shard))
+        self._tell(Role.SHARD, action.shard, replicate=wanted)
 
     def _dismiss(self, action: actions.Dismiss) -> None:
-        self._sessions.tell((action.role, action.rank), end=pb.End(ok=False, reason=action.reason))
+        self._sessions.tell(action.life, end=pb.End(ok=False, reason=action.reason))
+
+    def _tell(self, role: Role, rank: int, **event: Any) -> None:
+        """Tell whoever has this seat by now."""
+        member = self._machine.members.get(role, rank)
+        if member is not None:
+            self._sessions.tell(member.incarnation, **event)
 
     def _tell_foregone(self, action: actions.TellForegone) -> None:
-        self._sessions.tell((Role.SHARD, action.shard), foregone=to_proto(action.decision))
+        self._tell(Role.SHARD, action.shard, foregone=to_proto(action.decision))
 
     def _tell_snapshot(self, action: actions.TellSnapshot) -> None:
         wanted = pb.WriteSnapshot(fence=to_proto(action.fence), version=action.version)
-        self._sessions.tell((Role.SHARD, action.shard), write_snapshot=wanted)
+        self._tell(Role.SHARD, action.shard, write_snapshot=wanted)
 
     # -- Workers --------------------------------------------------------------------------------
 
@@ -364,7 +370,7 @@ class Effects:
             applied=action.state.applied,
             loss_scale=action.state.scaler.scale,
         )
-        self._sessions.tell((Role.WORKER, action.worker), cluster=cluster)
+        self._tell(Role.WORKER, action.worker, cluster=cluster)
 
     def _tell_deal(self, action: actions.TellDeal) -> None:
         deal = pb.Deal(
@@ -377,7 +383,7 @@ class Effects:
             initialize=action.initialize,
             done=action.done,
         )
-        self._sessions.tell((Role.WORKER, action.worker), deal=deal)
+        self._tell(Role.WORKER, action.worker, deal=deal)
 
     def _end(self, action: actions.End) -> None:
         self._on_end(action.ok, action.reason)

@@ -80,6 +80,8 @@ class History:
     def rollback(self, version: int, epoch: int) -> None:
         """Everything from this version on will be decided again, from this epoch on."""
         self.lineage = epoch
+        # Whoever was in sync with a shard was so with a past that is gone.
+        self.standbys.clear()
         for step in [step for step in self.decisions if step >= version]:
             self.superseded[step] = self.decisions.pop(step)
         self.evaluations = {v: result for v, result in self.evaluations.items() if v <= version}

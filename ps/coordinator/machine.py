@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from ps.config import RunConfig
-from ps.coordinator.actions import Journal, MembersChanged, TellCluster, TellDeal, TellSnapshot
+from ps.coordinator.actions import Dismiss, Journal, MembersChanged, TellCluster, TellDeal, TellSnapshot
 from ps.coordinator.history import History
 from ps.coordinator.members import MemberState
 from ps.coordinator.recovery import Candidate, describe_newest
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 #: Since when something is missing is known to this.
 LOOK_S = 0.05
+#: A coordinator that was away for longer says so, and its members, whose connections may have broken, may come back.
+AWAY_S = 1.0
 
 
 class Machine(Run):
@@ -67,6 +69,7 @@ class Machine(Run):
         before = self.members.admit(member, now)
         if before is not None:
             log.info("%s has come back in a new life", member.name)
+            self.ask(Dismiss(before.incarnation, f"{before.name} was replaced by a newer life of it"))
             left = member.role is Role.WORKER and before.met and not before.ready
             self._lost(before, "was replaced", asked=left)
         if self.members.find(member.role, rank, member.incarnation) is member:
@@ -97,8 +100,8 @@ class Machine(Run):
             self.standbys.tell_replicate(member.rank)
             if self.snapshots.is_pending(self.state.version):
                 self.ask(TellSnapshot(member.rank, self.fence, self.state.version))
-        if member.role is Role.STANDBY and self.phase is Phase.RUNNING and self.last_decision is not None:
-            self.standbys.tell_decision(member.rank, self.last_decision)
+        if member.role is Role.STANDBY and self.phase is Phase.RUNNING:
+            self.standbys.connected(member.rank)
 
     def started(self, member: MemberState, now: float) -> None:
         """A shard can be configured from now on."""
@@ -180,6 +183,13 @@ class Machine(Run):
             self.ask(Journal({"type": "checkpoint", "version": version, "name": candidate.name}))
 
     # -- Progress -------------------------------------------------------------------------------
+
+    def was_away(self, seconds: float, now: float) -> None:
+        """The coordinator was stopped, or waited for its disk, for a while of which `now` knows nothing."""
+        self.away_s += seconds
+        if seconds > AWAY_S:
+            log.warning("this coordinator was stopped, or its disk slow, for %.1f s: it counts against nobody", seconds)
+            self.members.patient_until = now + REJOIN_S
 
     def advance(self, now: float) -> None:
         """Do whatever the facts allow."""

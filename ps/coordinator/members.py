@@ -57,6 +57,8 @@ class Members:
     #: The life that each shard had when the coordinator ended, and until when that one may come back.
     expected: dict[int, int] = field(default_factory=dict)
     expected_until: float = 0.0
+    #: Until then whoever has lost its connection may come back: the coordinator was not there to hold it.
+    patient_until: float = 0.0
     _members: dict[tuple[Role, int], MemberState] = field(default_factory=dict)
     #: Lives that another one has taken the place of.
     _replaced: set[tuple[Role, int, int]] = field(default_factory=set)
@@ -100,7 +102,8 @@ class Members:
             return Role.STANDBY
         if primary is None:
             expected = self.expected.get(shard, 0)
-            if life == expected or not expected or now >= self.expected_until:
+            has_heir = standby is not None and standby.live and standby.incarnation == in_sync
+            if life == expected or (not has_heir and (not expected or now >= self.expected_until)):
                 return Role.SHARD
         elif not self._holds_rank(primary, now) and (standby is None or standby.incarnation != in_sync):
             return Role.SHARD
@@ -194,7 +197,8 @@ class Members:
         expired = []
         for member in self._members.values():
             limit = self.lease_s if member.connected else self._grace_s(member)
-            if member.live and now - member.last_seen > limit:
+            may_return = not member.connected and now < self.patient_until
+            if member.live and not may_return and now - member.last_seen > limit:
                 member.live = False
                 member.since = now
                 expired.append(member)

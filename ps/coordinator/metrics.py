@@ -44,6 +44,7 @@ CHECKPOINT_VERSION = Gauge("windlass_checkpoint_version", "Version of the newest
 CHECKPOINT_TIME = Gauge("windlass_checkpoint_time_seconds", "When the newest checkpoint was completed, Unix time")
 CHECKPOINT_EVERY = Gauge("windlass_checkpoint_every_steps", "Steps between checkpoints; 0: start and end only")
 CHECKPOINT_FAILURES = Counter("windlass_checkpoint_failures", "Checkpoints that could not be completed")
+METRICS_BEHIND = Gauge("windlass_metrics_behind", "Changes that metrics.jsonl lacks, as its disk fails; 0: none")
 CHECKPOINTS_DAMAGED = Gauge("windlass_checkpoints_damaged", "Checkpoints that this coordinator has found damaged")
 
 __all__ = [

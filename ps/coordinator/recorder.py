@@ -1,42 +1,61 @@
-"""What the coordinator writes for people: metrics.jsonl, cluster.json, targets.json."""
+"""What the coordinator writes for people: metrics.jsonl, cluster.json, targets.json.
+
+Nothing is decided by these files, so a disk that fails must not end a run because of them: what could not be written to
+metrics.jsonl is kept, and tried again.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
+import time
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
+from ps import failpoints
 from ps.coordinator.members import MemberState
 from ps.errors import StorageError
 from ps.storage.files import append_all, reason, write_atomic
 
+log = logging.getLogger(__name__)
+
 #: A line per step and evaluation, in the run folder.
 METRICS_NAME = "metrics.jsonl"
+#: Between two attempts to write what could not be written.
+RETRY_S = 1.0
+
+
+_Line = tuple[dict[str, Any], bytes]
+_Wanted = Callable[[dict[str, Any]], bool]
 
 
 class Recorder:
-    """The files of a run folder that follow the run."""
+    """The files of a run folder that follow the run. Not thread-safe."""
 
     def __init__(self, run_dir: Path, run: str) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._run_dir = run_dir
         self._run = run
         self._metrics = run_dir / METRICS_NAME
-        self._drop_torn_line()
+        #: Lines that are not in the file yet.
+        self._lines: list[_Line] = []
+        #: What has to hold of the lines that stay in the file.
+        self._wanted: list[_Wanted] = []
+        #: The file may have lines that do not belong there: half a line too, that a killed coordinator has left.
+        self._is_unclean = True
+        self._failed_at: float | None = None
+        self._write()
+
+    @property
+    def behind(self) -> int:
+        """How many changes the file lacks; 0: it is as it should be."""
+        return len(self._lines) + int(self._is_unclean)
 
     def record(self, line: dict[str, Any]) -> None:
-        """Append one line; on a full disk it waits a while for room.
-
-        Raises:
-            StorageError: names the file and the reason; nothing of the line is in it.
-        """
-        data = json.dumps(line, allow_nan=False).encode() + b"\n"
-        try:
-            with self._metrics.open("ab") as file:
-                append_all(file.fileno(), data, file.tell())
-        except OSError as error:
-            raise StorageError(f"{self._metrics} cannot be written: {reason(error)}") from error
+        """Append one line, at once or as soon as that can be."""
+        self._lines.append((line, json.dumps(line, allow_nan=False).encode() + b"\n"))
+        self.catch_up()
 
     def rewind(self, version: int) -> None:
         """Drop what is about to be computed again: steps from `version` on, evaluations after it."""
@@ -48,11 +67,70 @@ class Recorder:
             lambda line: line["version"] in evaluations if line["kind"] == "evaluation" else line["step"] in steps
         )
 
-    def _retain(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        lines = self._lines()
-        kept = [line for line in lines if wanted(json.loads(line))]
-        if kept != lines:
-            write_atomic(self._metrics, "".join(line + "\n" for line in kept).encode())
+    def catch_up(self) -> None:
+        """Write what could not be written, now and then."""
+        if self._failed_at is None or time.monotonic() - self._failed_at >= RETRY_S:
+            self._write()
+
+    def close(self) -> None:
+        """Try for the last time to write what is missing."""
+        self._write()
+        if self.behind:
+            log.error("%s lacks %d lines: they are lost", self._metrics, len(self._lines))
+
+    def _retain(self, wanted: _Wanted) -> None:
+        self._lines = [(line, data) for line, data in self._lines if wanted(line)]
+        self._wanted.append(wanted)
+        self._is_unclean = True
+        self.catch_up()
+
+    def _write(self) -> None:
+        """Bring the file up to date; a failure is said once, until it is over."""
+        try:
+            if self._is_unclean:
+                self._clean()
+            while self._lines:
+                self._append(*self._lines[0])
+        except StorageError as error:
+            self._fail(error.message)
+        except OSError as error:
+            self._fail(f"{self._metrics} cannot be written: {reason(error)}")
+        else:
+            if self._failed_at is not None:
+                log.info("%s is written again, and lacks nothing", self._metrics)
+            self._failed_at = None
+
+    def _fail(self, why: str) -> None:
+        if self._failed_at is None:
+            log.error("%s; training goes on, and it is tried again", why)
+        self._failed_at = time.monotonic()
+
+    def _append(self, line: dict[str, Any], data: bytes) -> None:
+        failpoints.hit("record.before", line["kind"])
+        # Of a line that failed a part may be there.
+        self._is_unclean = True
+        with self._metrics.open("ab") as file:
+            # It must not wait for room: the whole run would.
+            append_all(file.fileno(), data, file.tell(), timeout_s=0.0)
+        self._is_unclean = False
+        del self._lines[0]
+        failpoints.hit("record.after", line["kind"])
+
+    def _clean(self) -> None:
+        data = self._metrics.read_bytes() if self._metrics.exists() else b""
+        kept = b"".join(line for line in data.splitlines(keepends=True) if self._may_stay(line))
+        if kept != data:
+            write_atomic(self._metrics, kept)
+        self._wanted.clear()
+        self._is_unclean = False
+
+    def _may_stay(self, text: bytes) -> bool:
+        """Whether it is a whole line that can be read, and wanted."""
+        try:
+            line = json.loads(text)
+        except ValueError:
+            return False
+        return text.endswith(b"\n") and all(wanted(line) for wanted in self._wanted)
 
     def members(self, members: Sequence[MemberState]) -> None:
         """Write who is there: for people and tools, and as targets for Prometheus."""
@@ -76,19 +154,6 @@ class Recorder:
         ]
         write_atomic(self._run_dir / "cluster.json", (json.dumps(entries, indent=1) + "\n").encode())
         write_atomic(self._run_dir / "targets.json", (json.dumps(targets, indent=1) + "\n").encode())
-
-    def _lines(self) -> list[str]:
-        if not self._metrics.exists():
-            return []
-        return self._metrics.read_text(encoding="utf-8").splitlines()
-
-    def _drop_torn_line(self) -> None:
-        """A killed coordinator may have left half a line."""
-        if not self._metrics.exists():
-            return
-        data = self._metrics.read_bytes()
-        if data and not data.endswith(b"\n"):
-            write_atomic(self._metrics, data[: data.rfind(b"\n") + 1])
 
 
 def _belongs(line: dict[str, Any], version: int) -> bool:

@@ -51,6 +51,8 @@ class Run:
         #: Why the shards must be made to serve anew; empty: they need not.
         self.recovery_reason = ""
         self.since = Since()
+        #: For how long this coordinator was away in all: time that its clock does not know, but that people do.
+        self.away_s = 0.0
         self._actions: list[Action] = []
 
     @property

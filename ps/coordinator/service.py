@@ -35,54 +35,44 @@ log = logging.getLogger(__name__)
 
 SERVICE = "windlass.ps.v1.Coordinator"
 
-Key = tuple[Role, int]
 _Queue = queue.SimpleQueue[pb.SessionResponse | None]
 
 
 class Sessions:
-    """The open sessions: one queue of messages per member."""
+    """The open sessions: one queue of messages for each life, whatever seat it has."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._queues: dict[Key, _Queue] = {}
+        self._queues: dict[int, _Queue] = {}
         #: The lives that have opened one.
         self._met: set[int] = set()
         self._goodbye: pb.End | None = None
 
-    def open(self, key: Key, life: int) -> _Queue:
-        """Open a queue; an earlier session of the same member ends."""
+    def open(self, life: int) -> _Queue:
+        """Open a queue; an earlier session of the same life ends."""
         mine: _Queue = queue.SimpleQueue()
         with self._lock:
             self._met.add(life)
-            before = self._queues.get(key)
-            self._queues[key] = mine
+            before = self._queues.get(life)
+            self._queues[life] = mine
             if self._goodbye is not None:
                 mine.put(pb.SessionResponse(end=self._goodbye))
         if before is not None:
             before.put(None)
         return mine
 
-    def close(self, key: Key, mine: _Queue) -> bool:
+    def close(self, life: int, mine: _Queue) -> bool:
         """Forget a queue; False when another session has taken its place."""
         with self._lock:
-            if self._queues.get(key) is not mine:
+            if self._queues.get(life) is not mine:
                 return False
-            del self._queues[key]
+            del self._queues[life]
         return True
 
-    def move(self, before: Key, now: Key) -> None:
-        """A member is another one from now on; a session of whom it replaces ends."""
-        with self._lock:
-            replaced = self._queues.pop(now, None)
-            if before in self._queues:
-                self._queues[now] = self._queues.pop(before)
-        if replaced is not None:
-            replaced.put(None)
-
-    def tell(self, key: Key, **event: Any) -> None:
+    def tell(self, life: int, **event: Any) -> None:
         """Send a message to a member; without a session it is lost, and told again at the next one."""
         with self._lock:
-            found = self._queues.get(key)
+            found = self._queues.get(life)
         if found is not None:
             found.put(pb.SessionResponse(**event))
 
@@ -176,27 +166,39 @@ class CoordinatorServicer(pb_grpc.CoordinatorServicer):
         except PsError as error:
             abort(context, error)
             return
-        member = self._loop.call(lambda _: self._machine.members.find(who.role, who.rank, who.incarnation))
-        if member is None:
+        found = self._loop.call(lambda _: self._open(who))
+        if found is None:
             # Registered with an earlier coordinator, or replaced: registering again sorts it out.
             abort(context, PeerUnavailable(f"{who.name} is not registered in this life"))
             return
-        mine = self._sessions.open((member.role, member.rank), member.incarnation)
+        member, mine = found
         context.add_callback(lambda: mine.put(None))
-        # The first answer says that the session stands; the member then tells what it knows.
-        yield pb.SessionResponse()
-        self._loop.post(lambda now: self._machine.connect(member, now, first.hello.starting))
-        reader = threading.Thread(
-            target=self._read, args=(requests, member, mine), name=f"session {member.name}", daemon=True
-        )
-        reader.start()
         try:
+            # The first answer says that the session stands; the member then tells what it knows.
+            yield pb.SessionResponse()
+            self._loop.post(lambda now: self._connect(member, first.hello.starting, now))
+            reader = threading.Thread(
+                target=self._read, args=(requests, member, mine), name=f"session {member.name}", daemon=True
+            )
+            reader.start()
             while (response := mine.get()) is not None:
                 yield response
         finally:
-            # By what it is by now: a standby may have become the shard.
-            if self._sessions.close((member.role, member.rank), mine):
+            if self._sessions.close(member.incarnation, mine):
                 self._loop.post(lambda now: self._machine.disconnect(member, now))
+
+    def _open(self, who: MemberState) -> tuple[MemberState, _Queue] | None:
+        """Open a session; on the loop's thread, so that whoever replaces the member ends it."""
+        member = self._machine.members.find(who.role, who.rank, who.incarnation)
+        return (member, self._sessions.open(member.incarnation)) if member is not None else None
+
+    def _connect(self, member: MemberState, starting: bool, now: float) -> None:
+        if self._is_member(member):
+            self._machine.connect(member, now, starting)
+
+    def _is_member(self, member: MemberState) -> bool:
+        """Whether it is one still: another life may have its seat."""
+        return self._machine.members.get(member.role, member.rank) is member
 
     def _read(self, requests: Iterator[pb.SessionRequest], member: MemberState, mine: _Queue) -> None:
         try:
@@ -210,7 +212,7 @@ class CoordinatorServicer(pb_grpc.CoordinatorServicer):
     def _event(self, member: MemberState, request: pb.SessionRequest, mine: _Queue, now: float) -> None:
         """Hand one fact to the state machine, unless the member has been replaced meanwhile."""
         machine = self._machine
-        if machine.members.get(member.role, member.rank) is not member:
+        if not self._is_member(member):
             mine.put(pb.SessionResponse(end=pb.End(ok=False, reason=f"{member.name} was replaced by a newer life")))
             return
         kind = request.WhichOneof("event")

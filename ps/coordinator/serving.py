@@ -239,11 +239,11 @@ class Serving:
             )
         )
         self._run.ask(Rewind(self._run.state.version))
-        self._open(rolled_back=True)
+        self._open()
 
-    def _open(self, *, rolled_back: bool = False) -> None:
+    def _open(self) -> None:
         self._steps.reset()
-        self._standbys.reset(rolled_back)
+        self._standbys.reset()
         self._initialized.clear()
         self.initializer = None
         self._enter(Phase.OPENING, Control.SERVE)

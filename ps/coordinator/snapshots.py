@@ -28,7 +28,8 @@ class Snapshots:
         self._failures: dict[int, str] = {}
 
     def begin(self, state: TrainingState, fence: Fence) -> None:
-        """A checkpoint of this state has been asked for."""
+        """A checkpoint of this state has been asked for: its folder is emptied, whatever was there."""
+        self.candidates = [c for c in self.candidates if c.state.version != state.version]
         self._pending[state.version] = state
         self._begun[state.version] = fence
         self._files[state.version] = {}

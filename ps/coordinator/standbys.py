@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from ps.coordinator.actions import Dismiss, Follow, Journal, Promoted, TellReplicate
+from ps.coordinator.actions import Dismiss, Follow, Journal, TellReplicate
 from ps.coordinator.members import MemberState
 from ps.coordinator.run import Phase, Run
 from ps.types import Applied, Decision, Fence, Prepared, Role
@@ -34,6 +34,8 @@ class _Following:
     primary: int
     fence: Fence
     keep: bool
+    #: The open step when it was told. What it holds of that one, if it begins anew, nobody has said since.
+    told_at: int
     #: Its answer has come, and the shard knows of it.
     answered: bool = False
     #: The last decision that it has carried out.
@@ -46,6 +48,8 @@ class Standbys:
     def __init__(self, run: Run, now: float) -> None:
         self._run = run
         self._following: dict[int, _Following] = {}
+        #: The last decision that each shard has carried out.
+        self._shards: dict[int, Applied] = {}
         self._retry_at: dict[int, float] = {}
         #: Since when a report waits for its standby.
         self._uncovered: dict[int, float] = {}
@@ -54,6 +58,10 @@ class Standbys:
         self.diverged = 0
         #: Standbys that became the shard.
         self.takeovers = 0
+        if not run.members.has_standbys:
+            # The run goes on without those that it had.
+            for shard in list(run.history.standbys):
+                self._note(shard, 0)
 
     def in_sync(self, shard: int) -> int:
         """The life of the standby that holds the same as the shard; 0: none does."""
@@ -68,6 +76,9 @@ class Standbys:
         known = self._following.get(shard)
         if not report.standby or member is None or not member.live or known is None or not known.answered:
             return
+        if not known.keep and report.step <= known.told_at:
+            # It may be the report of what the standby held before it was told to begin anew.
+            return
         if report.standby == member.incarnation == known.life and self.in_sync(shard) != report.standby:
             log.info("standby %d holds the same as shard %d, and may take over", shard, shard)
             self._note(shard, report.standby)
@@ -77,6 +88,12 @@ class Standbys:
         known = self._following.get(report.shard)
         if known is not None and report.fence == self._run.fence:
             known.applied = report
+            self._compare(report.shard)
+
+    def shard_applied(self, report: Applied) -> None:
+        """A shard has carried out a decision, under the present fence."""
+        self._shards[report.shard] = report
+        self._compare(report.shard)
 
     def following(self, shard: int, life: int, fence: Fence, version: int) -> None:
         """A standby follows; the shard is told where it is."""
@@ -101,6 +118,15 @@ class Standbys:
             log.warning("standby %d does not follow: %s", shard, why)
             self._forget(shard, "does not answer")
 
+    def connected(self, shard: int) -> None:
+        """A standby's session is open: it is told again what it may have missed."""
+        known, last = self._following.get(shard), self._run.last_decision
+        if known is not None and self.in_sync(shard) != known.life:
+            # Nothing waits for it: it may have missed more than the last decision.
+            self._forget(shard, "has lost its connection")
+        elif last is not None:
+            self.tell_decision(shard, last)
+
     def lose(self, member: MemberState) -> None:
         """A standby is gone."""
         self._forget(member.rank, "is gone")
@@ -120,17 +146,6 @@ class Standbys:
                 behind.append(shard)
         return behind
 
-    def compare(self, step: int, hashes: dict[int, int]) -> None:
-        """Hold the standbys' states against the shards', all of them after the same decision."""
-        for shard, known in list(self._following.items()):
-            applied = known.applied
-            if self.in_sync(shard) != known.life or applied is None or applied.step != step:
-                continue
-            if hashes.get(shard) and applied.state_hash and applied.state_hash != hashes[shard]:
-                self.diverged += 1
-                log.error("standby %d holds another state than shard %d after step %d", shard, shard, step)
-                self._dismiss(shard, f"its state after step {step} is not that of shard {shard}")
-
     # -- Messages -------------------------------------------------------------------------------
 
     def tell_decision(self, shard: int, decision: Decision) -> None:
@@ -149,14 +164,12 @@ class Standbys:
 
     # -- Progress -------------------------------------------------------------------------------
 
-    def reset(self, rolled_back: bool) -> None:
-        """Another fence: whoever follows is told again; after a rollback from the beginning."""
+    def reset(self) -> None:
+        """Another fence: whoever follows is told again; after a rollback nobody is in sync, and all begin anew."""
         self._following.clear()
+        self._shards.clear()
         self._retry_at.clear()
         self._uncovered.clear()
-        if rolled_back:
-            for shard in list(self._run.history.standbys):
-                self._note(shard, 0)
 
     def advance(self, reports: dict[int, Prepared], now: float) -> None:
         """Have standbys follow; give up one that its shard cannot reach."""
@@ -177,13 +190,16 @@ class Standbys:
             primary, standby = members.get(Role.SHARD, shard), members.get(Role.STANDBY, shard)
             if standby is None or not standby.live:
                 continue
+            holds, lease_s = standby.incarnation == self.in_sync(shard), self._run.config.membership.lease_s
             if primary is None:
-                gone = now - self._started_at > REJOIN_S
-            elif standby.incarnation == self.in_sync(shard):
-                gone = primary.served or now - primary.last_seen > self._run.config.membership.lease_s
+                gone = now - self._started_at > (REJOIN_S if holds else lease_s)
+            elif holds:
+                # Whether it holds the same is known a moment later where the shard was faster with its last words.
+                known = primary.served and not self._lags(shard)
+                gone = known or now - primary.last_seen > lease_s
             else:
                 # It holds nothing, as whoever comes in the shard's place; but that one may have a journal.
-                gone = not primary.connected and now - primary.last_seen > self._run.config.membership.lease_s
+                gone = not primary.connected and now - primary.last_seen > lease_s
             if gone:
                 self._promote(shard)
                 return shard
@@ -191,6 +207,7 @@ class Standbys:
 
     def _promote(self, shard: int) -> None:
         held = self.in_sync(shard)
+        before = self._run.members.get(Role.SHARD, shard)
         member = self._run.members.promote(shard)
         log.warning("standby %d takes over as shard %d", shard, shard)
         self.takeovers += 1
@@ -202,7 +219,8 @@ class Standbys:
         )
         self._note(shard, 0)
         self._run.snapshots.lose(shard, self._run.state.version)
-        self._run.ask(Promoted(shard))
+        if before is not None:
+            self._run.ask(Dismiss(before.incarnation, f"{before.name} was replaced by a newer life of it"))
 
     def _follow(self, shard: int, now: float) -> None:
         primary = self._run.members.get(Role.SHARD, shard)
@@ -216,7 +234,9 @@ class Standbys:
             return
         self._retry_at[shard] = now + RETRY_S
         keep = self.in_sync(shard) == standby.incarnation
-        self._following[shard] = _Following(standby.incarnation, primary.incarnation, self._run.fence, keep)
+        self._following[shard] = _Following(
+            standby.incarnation, primary.incarnation, self._run.fence, keep, self._run.state.version
+        )
         self._run.ask(Follow(shard, self._run.fence, self._run.state, keep))
 
     def _forget(self, shard: int, why: str) -> None:
@@ -228,11 +248,33 @@ class Standbys:
         if self._following.pop(shard, None) is not None and self._run.phase is Phase.RUNNING:
             self.tell_replicate(shard)
 
+    def _compare(self, shard: int) -> None:
+        """Hold a standby's state against its shard's as soon as both are known, after the same decision.
+
+        Not later: the shard may die before the others have carried it out, and the standby would take its place.
+        """
+        known, of_shard = self._following.get(shard), self._shards.get(shard)
+        applied = known.applied if known is not None else None
+        if applied is None or of_shard is None or applied.step != of_shard.step:
+            return
+        # A standby that does not hold everything says 0, and so does a shard at its initial values.
+        if applied.state_hash and of_shard.state_hash and applied.state_hash != of_shard.state_hash:
+            self.diverged += 1
+            log.error("standby %d holds another state than shard %d after step %d", shard, shard, applied.step)
+            self._dismiss(shard, f"its state after step {applied.step} is not that of shard {shard}")
+
+    def _lags(self, shard: int) -> bool:
+        """Whether a shard has carried out a decision that its standby has not."""
+        known, of_shard = self._following.get(shard), self._shards.get(shard)
+        if known is None or known.applied is None or of_shard is None:
+            return False
+        return known.applied.step < of_shard.step
+
     def _dismiss(self, shard: int, reason: str) -> None:
         member = self._run.members.get(Role.STANDBY, shard)
         self._forget(shard, "is dismissed")
         if member is not None:
-            self._run.ask(Dismiss(Role.STANDBY, shard, reason))
+            self._run.ask(Dismiss(member.incarnation, reason))
             self._run.members.remove(member)
 
     def _note(self, shard: int, life: int) -> None:

@@ -57,7 +57,7 @@ def status(machine: Machine, myself: common_pb2.Member, now: float, wall_now: fl
         left_s=speed.left_s(machine.config.training.end - machine.state.version),
         contributions=machine.history.contributions,
         slots=machine.config.batch.micro_batches_per_step,
-        up_s=now - machine.started_at,
+        up_s=now + machine.away_s - machine.started_at,
         coordinator=myself,
         run_dir=str(machine.config.run_dir),
     )
@@ -76,6 +76,7 @@ def _member(machine: Machine, member: MemberState, now: float) -> pb.MemberStatu
         transport=member.transport,
         since_s=max(0.0, now - member.since),
         state=_state(member),
+        in_sync=member.role is Role.STANDBY and machine.standbys.in_sync(member.rank) == member.incarnation,
         restarts=machine.members.restarts(member.role, member.rank),
         last=pb.Contributed(
             step=spent.step,

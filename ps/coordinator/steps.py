@@ -63,6 +63,7 @@ class Steps:
     def applied(self, report: Applied) -> None:
         if report.fence == self._run.fence:
             self._applied[report.shard] = report
+            self._standbys.shard_applied(report)
 
     def contributed(
         self,
@@ -99,7 +100,7 @@ class Steps:
 
     def note_applied(self, shard: int, state_hash: int = 0) -> None:
         """A shard at the present version has nothing left to acknowledge."""
-        self._applied[shard] = Applied(self._run.fence, self._run.state.version - 1, shard, state_hash)
+        self.applied(Applied(self._run.fence, self._run.state.version - 1, shard, state_hash))
 
     def lose(self, rank: int) -> list[int]:
         """Take back what a worker had not finished; returns its contributions."""
@@ -164,18 +165,21 @@ class Steps:
                     "step %d: work is overdue after %.0f s and is dealt again", self._run.state.version, timeout
                 )
         live = self._run.members.live_workers()
-        workers = live[: membership.max_workers] if not self.lacks_workers() else []
+        # A spare takes over from one that sends signs of life and nothing else, too.
+        late = self.dealing.late | (self.evaluation.dealing.late if self.evaluation else set())
+        first = sorted(live, key=late.__contains__)
+        workers = first[: membership.max_workers] if not self.lacks_workers() else []
         pace = self.pace.of(live)
         evaluate = self.evaluation.dealing.deal(workers, now) if self.evaluation else {}
         contributions = self.dealing.deal(workers, now, pace if membership.balance == "speed" else EVEN)
         # An evaluation comes before contributions, and is not what they take.
         seconds = membership.duplicate_late and self.evaluation is None
-        late = self.dealing.duplicate(workers, now, pace) if seconds else {}
-        for rank, also in late.items():
+        duplicated = self.dealing.duplicate(workers, now, pace) if seconds else {}
+        for rank, also in duplicated.items():
             step = self._run.state.version
             log.info("step %d: contributions %s are late: worker %d computes them too", step, also, rank)
             self.duplicated += len(also)
-        contributions |= late
+        contributions |= duplicated
         for rank in live:
             if all_workers or rank in evaluate or rank in contributions:
                 self._run.ask(
@@ -250,7 +254,7 @@ class Steps:
         shards = self._run.config.cluster.shards
         return (
             len(self._reports) == shards
-            and all(map(self._standbys.covers, self._reports.values()))
+            and not self.not_covered()
             and self._is_carried_out()
             and self.evaluation is None
             and self._run.snapshots.has_first()
@@ -261,12 +265,20 @@ class Steps:
 
     def _is_carried_out(self) -> bool:
         """Whether every shard, and every standby that may take over, has acknowledged the last decision."""
-        return self._all_applied() and not self._standbys.not_applied(self._run.state.version - 1)
+        return self._all_applied() and not self.standbys_not_applied()
 
     def not_applied(self) -> list[int]:
         """The shards that have not acknowledged the last decision."""
         wanted = self._run.state.version - 1
         return [s for s in self._run.shards if s not in self._applied or self._applied[s].step != wanted]
+
+    def standbys_not_applied(self) -> list[int]:
+        """The shards whose standby, which may take over, has not acknowledged the last decision."""
+        return self._standbys.not_applied(self._run.state.version - 1)
+
+    def not_covered(self) -> list[int]:
+        """The shards that have reported the open step, which their standby, which may take over, does not hold."""
+        return [shard for shard, report in self._reports.items() if not self._standbys.covers(report)]
 
     def not_prepared(self) -> list[int]:
         """The shards that have not reported the open step."""
@@ -302,9 +314,10 @@ class Steps:
         decision = self._run.last_decision
         if decision is None or decision.step in self._run.history.recorded or not self._is_carried_out():
             return
-        self._standbys.compare(decision.step, {shard: self._applied[shard].state_hash for shard in self._run.shards})
         self._run.history.recorded.add(decision.step)
         self.dealing.begin(now)
+        # For people: with the time that does not count for leases.
+        now += self._run.away_s
         seconds = now - self._closed_at if self._closed_at is not None else None
         self._closed_at = now
         hashes = [self._applied[shard].state_hash for shard in self._run.shards]

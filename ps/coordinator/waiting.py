@@ -133,6 +133,9 @@ def _step(run: Run, steps: Steps) -> Iterator[_Missing]:
     version = run.state.version
     for shard in steps.not_applied():
         yield _Missing(Role.SHARD, shard, f"to apply decision {version - 1}", (("apply", version, shard),))
+    for shard in steps.standbys_not_applied():
+        what = f"to apply decision {version - 1}"
+        yield _Missing(Role.STANDBY, shard, what, (("apply", version, Role.STANDBY, shard),))
     if steps.evaluation is not None and run.stop_reason is None:
         yield from _units(run, steps.evaluation.dealing, "evaluation part")
     least = run.config.membership.min_workers
@@ -146,6 +149,9 @@ def _step(run: Run, steps: Steps) -> Iterator[_Missing]:
     if not steps.is_over() and steps.dealing.complete:
         for shard in steps.not_prepared():
             yield _Missing(Role.SHARD, shard, _report(run, shard), (("prepare", version, shard),))
+    for shard in steps.not_covered():
+        what = f"to hold step {version}: its shard does not reach it"
+        yield _Missing(Role.STANDBY, shard, what, (("cover", version, shard),))
     for saved in run.snapshots.pending():
         shards = run.snapshots.unwritten(saved, run.config.cluster.shards)
         for shard in shards:

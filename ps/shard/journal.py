@@ -95,6 +95,7 @@ class StepJournal:
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder = folder
         self._max_bytes = max_bytes
+        metrics.JOURNAL_LIMIT.set(max_bytes)
         #: Guards the change between writing and not writing.
         self._lock = threading.RLock()
         #: None: the disk failed, or nothing was read yet.

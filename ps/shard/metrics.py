@@ -23,6 +23,7 @@ JOBS_WAITING = Gauge("windlass_kernel_jobs_waiting", "Kernel jobs that wait for 
 SNAPSHOT_FAILURES = Counter("windlass_snapshot_failures", "Checkpoint files that could not be written")
 JOURNAL_ON = Gauge("windlass_journal_on", "1 while every step is written down, so that none is lost with this process")
 JOURNAL_BYTES = Gauge("windlass_journal_bytes", "Bytes of the journal's files")
+JOURNAL_LIMIT = Gauge("windlass_journal_limit_bytes", "Bytes of a file of the journal over which a checkpoint is due")
 JOURNAL_FAILURES = Counter("windlass_journal_failures", "Times that the journal could not be written")
 REPLAYED_STEPS = Counter("windlass_replayed_steps", "Steps that were made again from the journal")
 
@@ -40,6 +41,7 @@ __all__ = [
     "JOBS_WAITING",
     "JOURNAL_BYTES",
     "JOURNAL_FAILURES",
+    "JOURNAL_LIMIT",
     "JOURNAL_ON",
     "KERNEL_THREADS",
     "PUSHED_FRAMES",

@@ -38,9 +38,14 @@ BUILD_S, START_S = 1200.0, 180.0
 
 
 @pytest.fixture
-def cluster() -> Iterator[Project]:
+def overrides() -> tuple[str, ...]:
+    return ()
+
+
+@pytest.fixture
+def cluster(overrides: tuple[str, ...]) -> Iterator[Project]:
     # Port 0: any that is free.
-    environment = {"WINDLASS_OVERRIDES": " ".join(JOB), "PROMETHEUS_PORT": "0"}
+    environment = {"WINDLASS_OVERRIDES": " ".join((*JOB, *overrides)), "PROMETHEUS_PORT": "0"}
     with project(["compose.yaml", "test.yaml"], environment) as made:
         made("build", "--quiet", timeout_s=BUILD_S)
         yield made
@@ -100,5 +105,22 @@ def test_a_cluster_in_containers_trains_through_deaths_and_leaves_nothing(cluste
     )
     assert sample.strip()
 
+    cluster("--profile", "*", "down", "--volumes", timeout_s=START_S)
+    assert cluster.left() == ""
+
+
+@pytest.mark.parametrize("overrides", [("cluster.standbys=1",)])
+def test_a_standby_in_a_container_takes_over_and_no_step_is_lost(cluster: Project) -> None:
+    cluster("--profile", "standbys", "up", "--detach", timeout_s=START_S)
+    cluster.wait_for_step(RUN, 20, START_S)
+    # Which of the two containers of a shard serves is decided when they start.
+    pair = ("shard-1", "standby-1")
+    eventually(lambda: cluster.said("coordinator", "standby 1 holds the same as shard 1"), START_S, "the standby")
+    (serving,) = [service for service in pair if not cluster.said(service, "standby 1 holds version")]
+    cluster.kill(serving)
+    eventually(lambda: cluster.said("coordinator", "standby 1 takes over as shard 1"), START_S, "the takeover")
+    eventually(lambda: restarted(cluster, serving), START_S, "the shard's container to be started again")
+    eventually(lambda: cluster.said(serving, "standby 1 holds version"), START_S, "it to stand by")
+    assert not cluster.said("coordinator", "going back to a checkpoint")
     cluster("--profile", "*", "down", "--volumes", timeout_s=START_S)
     assert cluster.left() == ""

@@ -61,14 +61,26 @@ def _power(cluster: Cluster, rng: random.Random) -> str:
     return f"the power fails; {lost} bytes of the journal are lost"
 
 
-def _pause(cluster: Cluster, rng: random.Random) -> str:
-    seat = _one(cluster, rng, *Role)
-    if seat is None or seat.process is None:
-        return ""
-    seconds = rng.choice((0.01, 0.2, 1.0, 5.0)) * rng.random()
+def stop(seconds: float, role: Role) -> Strike:
+    """SIGSTOP, and SIGCONT after so long."""
+
+    def strike(cluster: Cluster, rng: random.Random) -> str:
+        seat = _one(cluster, rng, role)
+        return _stopped(cluster, seat, seconds) if seat is not None else ""
+
+    return strike
+
+
+def _stopped(cluster: Cluster, seat: Seat, seconds: float) -> str:
+    assert seat.process is not None, "only who is there is stopped"
     cluster.scheduler.pause(seat.process)
     cluster.scheduler.after(seconds, cluster.scheduler.resume, seat.process)
     return f"SIGSTOP {seat.name} for {seconds:.3f} s"
+
+
+def _pause(cluster: Cluster, rng: random.Random) -> str:
+    seat = _one(cluster, rng, *Role)
+    return _stopped(cluster, seat, rng.choice((0.01, 0.2, 1.0, 5.0)) * rng.random()) if seat is not None else ""
 
 
 def _pause_and_kill(cluster: Cluster, rng: random.Random) -> str:

@@ -147,6 +147,7 @@ class Watch:
             kept = self.disk_failed or self.overflowed or record["version"] >= self._next_step
             self.expect(not lasting or kept, lambda: f"version {record['version']} follows step {self._next_step - 1}")
             self._next_step = record["version"]
+            self._in_sync.clear()
             self.rollbacks[record["epoch"]] = record["version"]
             self.rolled_back += 1
         elif kind == "overflow":

@@ -112,6 +112,7 @@ def simulate(
     kind: str | None = None,
     calm: bool = False,
     rough: bool = False,
+    only: list[Fault] | None = None,
     standbys: int = 1,
     trace: bool = False,
     messages: bool = False,
@@ -123,6 +124,7 @@ def simulate(
         calm: nothing goes wrong.
         standbys: processes of a shard besides the one that serves.
         rough: four times as many faults, in bad weather: for bugs that need several.
+        only: nothing but this goes wrong.
         trace: keep what happens, line by line; changes nothing else.
         messages: every message is a line of it.
     """
@@ -131,8 +133,8 @@ def simulate(
     few, many = FAULTS if not rough else (4 * FAULTS[0], 4 * FAULTS[1])
     weather, planned = weather_of(drawn, rough), faults.draw(drawn, MESSAGES, few, many)
     durability = "journal" if drawn.random() < WITH_JOURNAL else "checkpoint"
-    if calm:
-        weather, planned = Weather(), []
+    if calm or only is not None:
+        weather, planned = Weather(), only or []
     folder = Path(tempfile.mkdtemp(prefix="simulation-", dir=_fast_folder()))
     # Threads that were never ended are cycles: they are looked for among what is new, and only at the end.
     gc.freeze()

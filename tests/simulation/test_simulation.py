@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+from ps.types import Role
+from tests.simulation import faults
+from tests.simulation.faults import Fault
 from tests.simulation.report import Summary, describe
 from tests.simulation.seeds import outcomes
 from tests.simulation.simulation import KINDS, simulate
@@ -22,6 +25,18 @@ def test_nothing_goes_wrong_where_nothing_goes_wrong(kind: str) -> None:
     outcome = simulate(0, kind=kind, calm=True)
     assert outcome.wrong == []
     assert outcome.faults == []
+
+
+@pytest.mark.parametrize("standbys", [0, 1])
+def test_a_coordinator_that_was_stopped_past_every_lease_throws_nobody_out(standbys: int) -> None:
+    for seed in range(5):
+        stopped = Fault(600 + 20 * seed, "stop", faults.stop(7.0, Role.COORDINATOR))
+        outcome = simulate(seed, only=[stopped], standbys=standbys, trace=True)
+        assert outcome.faults == ["SIGSTOP coordinator-0 for 7.000 s"]
+        assert outcome.wrong == []
+        assert outcome.simulated_s > 7.0
+        lost = [line for line in outcome.trace if "has been silent for too long" in line or "broke its conn" in line]
+        assert (lost, outcome.takeovers) == ([], 0)
 
 
 @pytest.mark.parametrize(("block", "standbys"), [(0, 0), *((block, 1) for block in range(BLOCKS))])

@@ -289,3 +289,28 @@ def test_a_place_is_not_told_of_before_the_proof(monkeypatch: pytest.MonkeyPatch
     assert places.room(5, 0, chunk) is not None
     assert client.parameters.transport == "shm"
     client.parameters.close()
+
+
+def test_who_is_asked_to_go_while_it_takes_in_a_fence_goes() -> None:
+    """A worker says so to itself in the handler of the signal, on the thread that reads its inbox."""
+    inbox = Inbox()
+    ended = Said(pb.SessionResponse(end=pb.End(ok=True, reason="asked to stop")))
+
+    class Interrupted:
+        """The inbox's lock; the signal comes while it is held."""
+
+        def __init__(self, lock: Any) -> None:
+            self._lock = lock
+
+        def __enter__(self) -> None:
+            self._lock.__enter__()
+            inbox._lock = self._lock
+            inbox.put(ended)
+
+        def __exit__(self, *error: Any) -> None:
+            self._lock.__exit__(*error)
+
+    inbox.put(Said(pb.SessionResponse(cluster=pb.Cluster())))
+    inbox._lock = Interrupted(inbox._lock)  # type: ignore[assignment]
+    assert inbox.get(0.0) is not None
+    assert inbox.get(0.0) is ended

@@ -224,6 +224,21 @@ def test_what_is_not_known_is_left_out() -> None:
         assert word not in text
 
 
+def test_a_standby_that_may_take_over_is_told_from_one_that_is_filled() -> None:
+    message = pb.StatusResponse(phase="running")
+    for rank, in_sync in enumerate((False, True)):
+        who = common_pb2.Member(role="standby", rank=rank)
+        message.members.append(pb.MemberStatus(member=who, state="live", since_s=60, in_sync=in_sync))
+    shown = draw(from_message(message), 120)
+    assert ["in sync" in line for line in shown if "standby" in line] == [False, True]
+    members = from_message(message).as_json()["members"]
+    assert [(member["role"], member["in_sync"]) for member in members] == [
+        ("coordinator", None),
+        ("standby", False),
+        ("standby", True),
+    ]
+
+
 def test_plain_line(snapshot: Snapshot) -> None:
     line = plain_line(snapshot)
     assert line.startswith("running: step 812/5000  loss 3.2146")

@@ -277,6 +277,29 @@ def test_a_file_of_a_checkpoint_that_an_earlier_coordinator_asked_for_does_not_c
     assert run.of(WriteManifest)
 
 
+def test_the_last_checkpoint_is_written_where_a_damaged_one_of_that_version_was(tmp_path: Path) -> None:
+    """Its manifest is read anew by a coordinator that does not know yet that a file of it is damaged."""
+    run = FakeRun(make_config(tmp_path, workers=1, training={"steps": 6}))
+    run.everybody()
+    run.run()
+    assert run.end.ok
+    assert "step-00000006" in run.checkpoints
+    resumed = run.restart()
+    resumed.shards = {}
+    resumed.damaged = {"step-00000006"}
+    resumed.everybody()
+    resumed.run_to(4)
+    assert resumed.journal("rollback")[-1]["version"] == 3
+    # The coordinator dies, the shards live on.
+    last = resumed.restart()
+    last.everybody()
+    last.disk = None
+    last.run_to(6)
+    last.settle()
+    assert last.prepared_checkpoints() == [6]
+    assert not last.ended, "it ended before its last checkpoint was written"
+
+
 def test_a_shard_of_another_past_leads_back_to_a_checkpoint(run: FakeRun) -> None:
     """A process that was taken for dead comes back with a version that fits by its number alone."""
     run.everybody()

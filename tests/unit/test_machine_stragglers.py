@@ -11,6 +11,7 @@ from ps.coordinator.actions import TellDeal
 from ps.coordinator.dealing import LATE_S, Dealing
 from ps.coordinator.pace import Pace
 from ps.errors import ConfigError
+from ps.types import Role
 from tests.support.fake_run import FakeRun, make_config
 
 CONTRIBUTIONS = 8
@@ -216,6 +217,18 @@ def test_more_workers_than_may_be_are_spares_that_take_over(tmp_path: Path) -> N
     # Every worker hears of a step, so that nobody stays behind in the one before.
     make_step(run, {0: 0.1, 1: 0.1, 2: 0.1})
     assert {tell.worker for tell in told(run, step + 1)} >= {1, 2}
+
+
+def test_a_spare_takes_over_from_who_is_alive_and_computes_nothing(tmp_path: Path) -> None:
+    run = straggling(tmp_path, workers=2, max_workers=1)
+    run.run_to(2)
+    run.workers[0].idle = True
+
+    def heard_of() -> bool:
+        run.machine.seen(run.member(Role.WORKER, 0), run.now)
+        return run.machine.state.version >= 3
+
+    run.run(heard_of, seconds=1000.0, tick=0.5)
 
 
 def test_a_least_number_above_the_greatest_is_refused(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,6 @@ import pytest
 
 from ps.coordinator.members import MemberState
 from ps.coordinator.recorder import Recorder
-from ps.errors import StorageError
 from ps.types import Role
 
 
@@ -64,18 +66,77 @@ def test_half_a_line_is_cut(folder: Path, torn: str) -> None:
     assert lines(folder) == [step(0)]
 
 
-def test_a_line_that_cannot_be_written_leaves_nothing(folder: Path) -> None:
-    recorder = Recorder(folder, "run")
-    recorder.record(step(0))
+@contextmanager
+def full() -> Iterator[None]:
+    """No file can grow beyond a few bytes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ((folder / "metrics.jsonl").stat().st_size + 3, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3, limits[1]))
     try:
-        with pytest.raises(StorageError, match=r"metrics\.jsonl cannot be written: File too large"):
-            recorder.record(step(1))
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    recorder.record(step(2))
-    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [0, 2]
+
+
+def test_a_line_that_cannot_be_written_is_written_later(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file for people must not end a run; and the lines stay in order, each of them once."""
+    monkeypatch.setattr("ps.coordinator.recorder.RETRY_S", 600.0)
+    recorder = Recorder(folder, "run")
+    recorder.record(step(0))
+    with full():
+        for number in (1, 2, 3):
+            recorder.record(step(number))
+        assert recorder.behind == 4
+        assert lines(folder) == [step(0)]
+    (record,) = caplog.records
+    assert record.levelname == "ERROR"
+    assert re.search(r"metrics\.jsonl cannot be written: File too large; training goes on", record.getMessage())
+    # Not with each line, only now and then.
+    recorder.record(step(4))
+    assert recorder.behind == 5
+    recorder.close()
+    assert recorder.behind == 0
+    assert lines(folder) == [step(number) for number in range(5)]
+    recorder.record(step(5))
+    assert lines(folder)[-1] == step(5)
+
+
+def test_a_rewind_that_cannot_be_written_is_carried_out_later(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ps.coordinator.recorder.RETRY_S", 0.0)
+    recorder = Recorder(folder, "run")
+    for number in range(4):
+        recorder.record(step(number))
+    with full():
+        recorder.record(step(4))
+        recorder.rewind(2)
+        # Made again, and gone back once more.
+        for number in (2, 3):
+            recorder.record({**step(number), "again": True})
+        recorder.rewind(3)
+        assert lines(folder) == [step(number) for number in range(4)]
+    recorder.catch_up()
+    assert recorder.behind == 0
+    assert lines(folder) == [step(0), step(1), {**step(2), "again": True}]
+
+
+def test_a_coordinator_starts_where_the_file_cannot_be_written(folder: Path) -> None:
+    Recorder(folder, "run").record(step(0))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("{")
+    with full():
+        recorder = Recorder(folder, "run")
+        recorder.keep(set(), set())
+    recorder.close()
+    assert lines(folder) == []
+
+
+def test_a_line_that_is_not_written_when_the_run_ends_is_lost(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recorder = Recorder(folder, "run")
+    with full():
+        recorder.record(step(0))
+        recorder.close()
+    assert "metrics.jsonl lacks 1 lines: they are lost" in caplog.text
 
 
 def test_numbers_that_json_does_not_have_are_an_error(folder: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 from ps.config import RunConfig
 from ps.coordinator.decision import TrainingState
 from ps.kernels.digest import hash_payload
+from ps.shard import metrics
 from ps.shard.engine import ShardEngine
 from ps.shard.records import Base, Decided, Reduced, Reopened, pack, unpack
 from ps.shard.seat import Seat
@@ -275,6 +276,22 @@ def test_it_asks_for_a_checkpoint_when_it_is_long(tmp_path: Path) -> None:
         prepare(shard.config.checkpoint_dir, 3)
         shard.tell(decision)
         assert not shard.push_step().journal_full
+
+
+def test_while_checkpoints_fail_every_file_stays(tmp_path: Path) -> None:
+    """Only all of them lead from the last good checkpoint to the present; the limit is one of each file."""
+    with rig(journaled(tmp_path, journal={"max_bytes": 200_000})) as shard:
+        save(shard)
+        for version in (1, 2, 3):
+            report = shard.push_step()
+            assert report.journal_full
+            prepare(shard.config.checkpoint_dir, version)
+            # Its manifest is never written.
+            shard.tell(shard.decision(report))
+        assert [path.name for path in sorted(shard.config.journal_dir(0).glob("*.log"))] == [
+            f"from-{version:08d}.log" for version in range(4)
+        ]
+        assert metrics.JOURNAL_BYTES._value.get() > 3 * metrics.JOURNAL_LIMIT._value.get() == 600_000
 
 
 def test_another_loss_scale_begins_the_step_again(tmp_path: Path) -> None:

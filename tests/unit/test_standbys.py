@@ -3,105 +3,20 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from ps.coordinator.actions import Action, Dismiss, Follow, Promoted, TellDecision, TellReplicate
+from protos.ps.v1.common_pb2 import Member
+from ps.coordinator.actions import Dismiss, Follow, TellDecision
 from ps.coordinator.members import MemberState
 from ps.coordinator.run import Phase
 from ps.coordinator.standbys import REJOIN_S
+from ps.coordinator.status import status
 from ps.errors import MismatchError, PeerUnavailable
-from ps.types import Applied, Prepared, Role
+from ps.types import Role
 from tests.support.fake_run import FakeRun, FakeShard, make_config
-
-
-class StandbyRun(FakeRun):
-    """Shards whose second processes follow them at once, and hold everything, unless a test says otherwise."""
-
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        self.standbys: dict[int, FakeShard] = {}
-        #: The life that each shard sends to.
-        self.sent_to: dict[int, int] = {}
-        #: Standbys that answer, and do not get what their shard sends.
-        self.cut_off: set[int] = set()
-        #: What standbys have to say, while they say nothing.
-        self.unsaid: list[Applied] | None = None
-        self.hash_of_standby = 0
-        super().__init__(*arguments, **named)
-
-    def join_process(self, index: int, life: int = 0) -> MemberState:
-        """A process of a shard registers and connects; it gets the seat that it is given."""
-        life = life or self._life()
-        self.machine.register(MemberState(Role.SHARD, index, life, address=f"p:{life}", ready=True), self.now)
-        member = self.machine.members.find(Role.SHARD, index, life)
-        assert member is not None
-        held = self.shards if member.role is Role.SHARD else self.standbys
-        if index not in held or held[index].incarnation != life:
-            held[index] = FakeShard(index, life)
-        self.machine.connect(member, self.now)
-        return member
-
-    def kill_shard(self, index: int) -> None:
-        self.machine.disconnect(self.member(Role.SHARD, index), self.now)
-        self.shards[index].silent = True
-
-    def step(self, seconds: float = 0.01) -> list[Action]:
-        for index in self.standbys:
-            found = self.machine.members.get(Role.STANDBY, index)
-            if found is not None and found.connected:
-                self.machine.seen(found, self.now + seconds)
-        return super().step(seconds)
-
-    def prepared_of(self, shard: FakeShard) -> Prepared:
-        standby = self.standbys.get(shard.index)
-        sent = self.sent_to.get(shard.index, 0)
-        holds = standby is not None and standby.incarnation == sent and shard.index not in self.cut_off
-        if standby is not None and holds:
-            standby.held, standby.has_state = set(shard.held), True
-        return replace(super().prepared_of(shard), standby=sent if holds else 0)
-
-    def _carry_out(self, action: Action) -> None:
-        if isinstance(action, TellDecision) and action.standby:
-            standby = self.standbys.get(action.shard)
-            if standby is None:
-                return
-            if action.decision.step >= standby.version:
-                standby.version, standby.last_decision, standby.held = action.decision.version, action.decision, set()
-            state_hash = self.hash_of_standby or 1000 + standby.version
-            report = Applied(self.machine.fence, action.decision.step, action.shard, state_hash)
-            if self.unsaid is not None:
-                self.unsaid.append(report)
-                return
-            self.machine.standbys.applied(report)
-        elif isinstance(action, Follow):
-            standby = self.standbys[action.shard]
-            if not action.keep:
-                standby.version, standby.has_state = action.state.version, False
-            self.machine.standbys.following(action.shard, standby.incarnation, action.fence, standby.version)
-        elif isinstance(action, TellReplicate):
-            self.sent_to[action.shard] = action.life
-        elif isinstance(action, Promoted):
-            self.shards[action.shard] = self.standbys.pop(action.shard)
-        else:
-            super()._carry_out(action)
-
-    def went_back(self) -> list[int]:
-        """The versions that were gone back to after the start."""
-        return [record["version"] for record in self.journal("rollback")[1:]]
-
-    def recorded(self) -> list[int]:
-        return [line["step"] for line in self.lines() if line["kind"] == "step"]
-
-    def in_sync(self, index: int = 0) -> int:
-        return self.machine.standbys.in_sync(index)
-
-    def await_standby(self, index: int = 0) -> None:
-        self.run(lambda: self.in_sync(index) != 0)
-        # The record is written.
-        self.step()
+from tests.support.standby_run import StandbyRun
 
 
 @pytest.fixture
@@ -182,7 +97,7 @@ def test_a_standby_takes_over_and_no_step_is_lost(run: StandbyRun, caplog: pytes
     run.await_standby()
     run.run_to(6)
     run.kill_shard(0)
-    run.run(lambda: bool(run.of(Promoted)), seconds=0.2)
+    run.run(lambda: bool(run.promoted()), seconds=0.2)
     assert run.journal("promotion") == [{"type": "promotion", "shard": 0, "life": standby.incarnation, "in_sync": True}]
     assert standby.role is Role.SHARD
     run.run_to(9)
@@ -224,6 +139,68 @@ def test_a_standby_whose_state_differs_is_dismissed_and_never_promoted(
     run.run_to(run.machine.state.version + 3)
 
 
+@pytest.mark.parametrize("first", ["shard", "standby"])
+def test_a_standby_whose_state_differs_is_not_promoted_either_while_another_shard_is_late(
+    run: StandbyRun, first: str
+) -> None:
+    """What is known of a pair counts at once: the shard may die before all others have carried the decision out."""
+    run.join_process(0)
+    run.await_standby()
+    run.shards[1].slow = True
+    run.hash_of_standby = 7
+    if first == "shard":
+        run.unsaid = []
+    version = run.machine.state.version
+    run.run(lambda: run.machine.state.version > version and run.machine.steps.not_applied() == [1])
+    for report in run.unsaid or ():
+        run.machine.standbys.applied(report)
+    run.kill_shard(0)
+    run.settle(40)
+    assert run.machine.members.missing_shards() == [0]
+    assert (run.promoted(), run.in_sync(), run.machine.standbys.diverged) == ([], 0, 1)
+
+
+def test_whoever_is_replaced_by_its_standby_is_told(run: StandbyRun) -> None:
+    run.join_process(0)
+    run.await_standby()
+    before = run.member(Role.SHARD, 0).incarnation
+    run.kill_shard(0)
+    run.run(lambda: bool(run.promoted()))
+    assert [(end.life, end.reason) for end in run.of(Dismiss)] == [
+        (before, "shard 0 was replaced by a newer life of it")
+    ]
+
+
+def test_a_wait_for_a_standby_names_it(run: StandbyRun) -> None:
+    run.join_process(0)
+    run.await_standby()
+    run.unsaid = []
+    run.settle(30)
+    last = run.machine.state.version - 1
+    assert [(w.who, w.what) for w in run.machine.waits(run.now)] == [("standby 0", f"to apply decision {last}")]
+    for report in run.unsaid:
+        run.machine.standbys.applied(report)
+    run.unsaid = None
+    run.settle(5)
+    run.cut_off.add(0)
+    run.settle(30)
+    step = run.machine.state.version
+    assert run.machine.waiting_for(run.now).startswith(
+        f"step {step}: waiting for standby 0 (to hold step {step}: its shard does not reach it) since 0."
+    )
+
+
+def test_status_says_which_standby_may_take_over(run: StandbyRun) -> None:
+    def in_sync() -> dict[str, bool]:
+        members = status(run.machine, Member(), run.now, 0.0).members
+        return {f"{found.member.role} {found.member.rank}": found.in_sync for found in members}
+
+    run.join_process(0)
+    assert not any(in_sync().values())
+    run.await_standby()
+    assert [name for name, holds in in_sync().items() if holds] == ["standby 0"]
+
+
 def test_a_standby_that_holds_too_little_is_not_promoted_while_the_shard_may_come_back(run: StandbyRun) -> None:
     run.join_process(0)
     run.cut_off.add(0)
@@ -231,7 +208,7 @@ def test_a_standby_that_holds_too_little_is_not_promoted_while_the_shard_may_com
     run.kill_shard(0)
     run.settle(100)
     assert run.machine.phase is Phase.GATHERING or run.machine.members.missing_shards() == [0]
-    assert not run.of(Promoted)
+    assert not run.promoted()
     # A new life of it takes its own seat.
     run.cut_off.clear()
     assert run.join_process(0).role is Role.SHARD
@@ -276,6 +253,125 @@ def test_a_shard_that_died_with_the_coordinator_is_replaced_by_its_standby(run: 
         again.join_process(0)
     again.join_process(1, run.shards[1].incarnation)
     again.join_worker(0)
-    again.run(lambda: bool(again.of(Promoted)), seconds=REJOIN_S + 0.5)
+    again.run(lambda: bool(again.promoted()), seconds=REJOIN_S + 0.5)
     again.run_to(run.machine.state.version + 3)
     assert not again.went_back()
+
+
+def test_a_run_goes_on_without_the_standbys_that_it_had(tmp_path: Path) -> None:
+    """Everything was killed, and is resumed with cluster.standbys=0; the shard comes back with its journal."""
+    one = {"shards": 1, "workers": 1, "standbys": 1}
+    run = StandbyRun(make_config(tmp_path, cluster=one, training={"steps": 1000}, durability="journal"))
+    run.everybody()
+    run.run_to(2)
+    run.join_process(0)
+    run.await_standby()
+    run.run_to(5)
+    held = run.shards[0]
+    reborn = FakeShard(0, 4711, has_state=True, version=held.version, last_decision=held.last_decision)
+    without = make_config(tmp_path, cluster={**one, "standbys": 0}, training={"steps": 1000}, durability="journal")
+    after = FakeRun(without, run.records, list(run.checkpoints.values()), [], 2, {0: reborn}, run.now + 1.0)
+    after.everybody()
+    after.run_to(8)
+    assert after.journal("standby")[-1]["life"] == 0
+
+
+def test_an_old_report_does_not_let_a_standby_take_over_that_begins_anew(run: StandbyRun) -> None:
+    """Its session broke for too long; the shard says again what it said of what the standby held before."""
+    standby = run.join_process(0)
+    run.await_standby()
+    # The open step waits for the other shard.
+    run.shards[1].silent = True
+    run.settle()
+    told = run.prepared_of(run.shards[0])
+    assert told.standby == standby.incarnation
+    run.machine.disconnect(standby, run.now)
+    run.run(lambda: run.in_sync() == 0)
+    run.join_process(0, standby.incarnation)
+    run.run(lambda: not run.standbys[0].has_state)
+    run.machine.steps.prepared(told)
+    assert run.in_sync() == 0
+
+
+def test_a_standby_that_nothing_waits_for_begins_anew_when_it_was_away(run: StandbyRun) -> None:
+    """It may have missed more than the decision that is told again."""
+    run.cut_off.add(0)
+    standby = run.join_process(0)
+    run.run(lambda: bool(run.of(Follow)))
+    run.machine.disconnect(standby, run.now)
+    run.join_process(0, standby.incarnation)
+    run.run(lambda: len(run.of(Follow)) == 2)
+    assert not run.of(Follow)[-1].keep
+
+
+def test_a_standby_in_sync_that_was_away_is_told_the_last_decision_again(run: StandbyRun) -> None:
+    standby = run.join_process(0)
+    run.await_standby()
+    run.machine.disconnect(standby, run.now)
+    told = len(run.of(TellDecision))
+    run.join_process(0, standby.incarnation)
+    run.step(0.0)
+    assert [action.standby for action in run.of(TellDecision)[told:]][:1] == [True]
+    assert run.in_sync() == standby.incarnation
+
+
+def test_a_standby_does_not_take_over_before_it_is_known_to_hold_the_same(run: StandbyRun) -> None:
+    """The shard has said what it holds, and died before its standby had carried the decision out."""
+    run.join_process(0)
+    run.await_standby()
+    run.unsaid, run.hash_of_standby = [], 7
+    run.run(lambda: bool(run.unsaid))
+    run.settle()
+    run.kill_shard(0)
+    run.run(lambda: not run.member(Role.SHARD, 0).live)
+    run.settle()
+    assert run.promoted() == []
+    for report in run.unsaid:
+        run.machine.standbys.applied(report)
+    run.settle()
+    assert run.promoted() == []
+    assert run.machine.standbys.diverged == 1
+
+
+def test_the_place_of_a_shard_is_not_given_away_while_its_standby_is_there(run: StandbyRun) -> None:
+    """Coordinator and shard died together; the shard's new process asks at the very moment in which it may."""
+    standby = run.join_process(0)
+    run.await_standby()
+    began = run.now + 1.0
+    again = StandbyRun(run.config, run.records, list(run.checkpoints.values()), [], 2, {1: run.shards[1]}, began)
+    again.standbys = {0: run.standbys[0]}
+    again.join_process(0, standby.incarnation)
+    again.join_process(1, run.shards[1].incarnation)
+    again.join_worker(0)
+    again.step()
+    again.now = began + REJOIN_S
+    with pytest.raises(PeerUnavailable):
+        again.join_process(0)
+    again.run(lambda: bool(again.promoted()), seconds=1.0)
+    assert again.went_back() == []
+
+
+def test_a_standby_that_holds_nothing_waits_for_its_shard_as_long_as_anybody_would(tmp_path: Path) -> None:
+    """The coordinator died; the shard, which alone holds the state, needs 3 s to come back."""
+    config = make_config(tmp_path, cluster={"shards": 2, "workers": 2, "standbys": 1}, training={"steps": 1000})
+    run = StandbyRun(config)
+    run.everybody()
+    run.run_to(5)
+    began = run.now + 1.0
+    again = StandbyRun(config, run.records, list(run.checkpoints.values()), [], 2, dict(run.shards), began)
+    again.join_process(1, run.shards[1].incarnation)
+    assert again.join_process(0).role is Role.STANDBY
+    again.join_worker(0)
+    while again.now < began + REJOIN_S + 1.0:
+        again.step(0.05)
+    again.join_process(0, run.shards[0].incarnation)
+    again.run_to(7)
+    assert again.went_back() == []
+
+
+def test_after_a_rollback_nobody_is_in_sync_whatever_the_journal_still_gets(run: StandbyRun) -> None:
+    run.join_process(0)
+    run.await_standby()
+    records = [*run.records, {"type": "rollback", "epoch": 9, "version": 0}]
+    again = StandbyRun(run.config, records, list(run.checkpoints.values()), [], 2, {}, run.now + 1.0)
+    assert again.in_sync() == 0

@@ -146,7 +146,10 @@ def _lines(expected: Estimate, job: JobConfig) -> Iterator[tuple[str, str]]:
         yield "", f"to standbys: {_size(sum(expected.reduced_bytes))} each step"
     if any(expected.journal_bytes):
         each, most = sum(expected.reduced_bytes), sum(expected.journal_bytes)
-        yield "journals", f"{_size(each)} each step, of all shards; at most {_size(most)} (journal.max_bytes)"
+        yield (
+            "journals",
+            f"{_size(each)} each step, of all shards; {_size(most)} while checkpoints complete (journal.max_bytes)",
+        )
     kept = expected.kept_checkpoints
     yield (
         "checkpoint",

@@ -22,6 +22,7 @@ from workers.cli.arguments import Certificates
 from workers.launch import faults
 from workers.launch.folder import RunFolder
 from workers.launch.metrics import Progress, Tail, last_evaluation
+from workers.launch.signals import Signals
 from workers.launch.snapshot import Snapshot, from_message
 from workers.launch.watch import Watcher, quiet_grpc
 
@@ -233,25 +234,28 @@ def _watch(place: Place, security: Security, as_json: bool, every_s: float) -> i
         screen.open()
     printed_at = float("-inf")
     try:
-        while watcher.silent_s < BACK_S:
-            time.sleep(_TICK_S)
-            latest, now = watcher.latest(), time.monotonic()
-            if latest is None or now - printed_at < every_s:
-                continue
-            printed_at = now
-            words = place.last_words(latest)
-            if words is not None:
-                latest = replace(latest, phase="ended", waits=(), waiting_for="")
-            if screen is not None:
-                screen.draw(lambda width, height, latest=latest: render(latest, width, height))  # type: ignore[misc]
-            elif as_json:
-                print(json.dumps(latest.as_json()), flush=True)
-            elif words is None:
-                print(plain_line(latest), flush=True)
-            if words is not None:
-                break
-        else:
-            raise place.not_running()
+        # A KeyboardInterrupt is lost when it comes in a callback of the collector or of grpc.
+        with Signals() as signals:
+            while watcher.silent_s < BACK_S:
+                if asked := signals.wait(_TICK_S):
+                    return 128 + asked[0]
+                latest, now = watcher.latest(), time.monotonic()
+                if latest is None or now - printed_at < every_s:
+                    continue
+                printed_at = now
+                words = place.last_words(latest)
+                if words is not None:
+                    latest = replace(latest, phase="ended", waits=(), waiting_for="")
+                if screen is not None:
+                    screen.draw(lambda width, height, latest=latest: render(latest, width, height))  # type: ignore[misc]
+                elif as_json:
+                    print(json.dumps(latest.as_json()), flush=True)
+                elif words is None:
+                    print(plain_line(latest), flush=True)
+                if words is not None:
+                    break
+            else:
+                raise place.not_running()
     finally:
         if screen is not None:
             screen.close()

@@ -167,7 +167,10 @@ def _shard(job: JobConfig, shard: int, size: int) -> RoleMemory:
 
 
 def _journal(job: JobConfig, size: int) -> int:
-    """Two files: one is full when a checkpoint is asked for, and the next one grows until that is complete."""
+    """Two files: one is full when a checkpoint is asked for, and the next one grows until that is complete.
+
+    More, without bound, where checkpoints fail: then nothing makes it shorter.
+    """
     return 2 * (job.journal.max_bytes or usual_limit(size)) if job.durability == "journal" else 0
 
 

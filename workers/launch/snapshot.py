@@ -49,6 +49,8 @@ class MemberSnapshot:
     last_contribution: Spent | None = None
     #: How a worker's payloads travel: "shm", "grpc" or, different from shard to shard, "shm+grpc".
     transport: str = ""
+    #: Whether a standby holds the same as its shard, and may take over; None: it is none.
+    in_sync: bool | None = None
 
     @property
     def name(self) -> str:
@@ -203,6 +205,7 @@ def _member(message: pb.MemberStatus) -> MemberSnapshot:
         message.restarts,
         spent if message.HasField("last") else None,
         message.transport,
+        message.in_sync if who.role == "standby" else None,
     )
 
 

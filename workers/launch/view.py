@@ -271,6 +271,8 @@ def _state(member: MemberSnapshot) -> Text:
     state = Text(member.state, style=_STATE_STYLE.get(member.state, ""))
     if member.since_s is not None:
         state.append(f" {clock(member.since_s)}", style="dim")
+    if member.in_sync:
+        state.append(" in sync", style="green")
     return state
 
 

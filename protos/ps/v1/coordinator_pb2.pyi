@@ -362,7 +362,7 @@ class Wait(_message.Message):
     def __init__(self, role: _Optional[str] = ..., rank: _Optional[int] = ..., what: _Optional[str] = ..., since_s: _Optional[float] = ..., last_seen_s: _Optional[float] = ...) -> None: ...
 
 class MemberStatus(_message.Message):
-    __slots__ = ("member", "live", "last_seen_s", "doing", "since_s", "restarts", "last", "state", "transport")
+    __slots__ = ("member", "live", "last_seen_s", "doing", "since_s", "restarts", "last", "state", "transport", "in_sync")
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     LIVE_FIELD_NUMBER: _ClassVar[int]
     LAST_SEEN_S_FIELD_NUMBER: _ClassVar[int]
@@ -372,6 +372,7 @@ class MemberStatus(_message.Message):
     LAST_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    IN_SYNC_FIELD_NUMBER: _ClassVar[int]
     member: _common_pb2.Member
     live: bool
     last_seen_s: float
@@ -381,4 +382,5 @@ class MemberStatus(_message.Message):
     last: Contributed
     state: str
     transport: str
-    def __init__(self, member: _Optional[_Union[_common_pb2.Member, _Mapping]] = ..., live: bool = ..., last_seen_s: _Optional[float] = ..., doing: _Optional[str] = ..., since_s: _Optional[float] = ..., restarts: _Optional[int] = ..., last: _Optional[_Union[Contributed, _Mapping]] = ..., state: _Optional[str] = ..., transport: _Optional[str] = ...) -> None: ...
+    in_sync: bool
+    def __init__(self, member: _Optional[_Union[_common_pb2.Member, _Mapping]] = ..., live: bool = ..., last_seen_s: _Optional[float] = ..., doing: _Optional[str] = ..., since_s: _Optional[float] = ..., restarts: _Optional[int] = ..., last: _Optional[_Union[Contributed, _Mapping]] = ..., state: _Optional[str] = ..., transport: _Optional[str] = ..., in_sync: bool = ...) -> None: ...
