@@ -60,7 +60,7 @@ POINTS = {
     "log.begin": "shard: a new file of its journal is opened; about the file's name",
     "log.remove": "shard: an old file of its journal is removed; about the file's name",
     "log.read": "shard: a file of its journal is read and carried out; about the file's name",
-    "mirror": "shard: its standby is told that everything of a step was sent",
+    "mirror": "shard: all of a step is reduced and sent, and waits for the standby",
     "follow": "standby: it begins to stand by",
     "state": "standby: one array of a chunk's state comes; about the array",
     "reduced": "standby: what is reduced of a chunk comes",

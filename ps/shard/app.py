@@ -18,9 +18,8 @@ from ps.errors import NotServing, PsError, StaleFence
 from ps.kernels.compile import check_denormals, warm_up
 from ps.kernels.update import Update
 from ps.machine import machine_name
-from ps.shard import replicator
-from ps.shard.doing import describe
-from ps.shard.engine import Outbox, ShardEngine
+from ps.shard.engine import Outbox
+from ps.shard.seat import Seat
 from ps.shard.service import SERVICE, ShardHost, ShardServicer
 from ps.shard.snapshot import SnapshotTarget
 from ps.storage.shard_file import ShardFile
@@ -43,6 +42,8 @@ MAX_STREAMS = 256
 LEAVE_S = 60.0
 #: Prepared and applied are told again after so long without an answer.
 RESEND_S = 1.0
+#: What a shard opens to its standby.
+METHOD = f"/{SERVICE}/Replicate"
 NO_PLAN = "waiting for the plan"
 
 
@@ -68,7 +69,7 @@ class ShardApp:
         self._courier: Courier | None = None
         incarnation = random.SystemRandom().getrandbits(62) + 1
         self._security = security
-        self._host = ShardHost(index, incarnation, self._on_engine)
+        self._host = ShardHost(index, incarnation, self._on_seat)
         self._server = make_server(MAX_STREAMS)
         self._health = Health(self._server, SERVICE)
         enable_reflection(self._server, [shard_pb2.DESCRIPTOR.services_by_name["Shard"].full_name])
@@ -120,17 +121,16 @@ class ShardApp:
 
     def _wait(self) -> None:
         while not self._ended.wait(RESEND_S):
-            engine = self._host.engine
-            if engine is None:
+            seat = self._host.seat
+            if seat is None:
                 self._session.doing(NO_PLAN)
                 continue
-            with engine.lock:
-                follower = engine.follower
-                self._session.doing(follower.doing if follower else describe(engine.protocol, len(engine.chunks)))
-            identify(self._run_name, Role.STANDBY if follower else Role.SHARD, self._host.index)
+            self._session.doing(seat.doing)
+            identify(self._run_name, seat.role, self._host.index)
+            engine = seat.engine
             engine.resend()
             engine.journal.trim(engine.config.checkpoint_dir, engine.run)
-            if engine.has_state and (engine.protocol.serving or engine.follower is not None):
+            if seat.is_ready:
                 self._health.serving()
             else:
                 self._health.not_serving()
@@ -166,45 +166,38 @@ class ShardApp:
         if kind == "end":
             self._end(message.end.ok, message.end.reason)
             return
-        engine = self._host.engine
-        if engine is None:
+        seat = self._host.seat
+        if seat is None:
             return
         try:
             if kind == "decision":
                 failpoints.hit("decision.before")
-                self._decide(engine, from_proto(Decision, message.decision))
+                seat.decide(from_proto(Decision, message.decision))
                 failpoints.hit("decision.after")
             elif kind == "replicate":
-                self._replicate(engine, message.replicate)
+                self._replicate(seat, message.replicate)
             elif kind == "foregone":
-                engine.foresee(from_proto(Decision, message.foregone))
+                seat.engine.foresee(from_proto(Decision, message.foregone))
             elif kind == "write_snapshot":
-                engine.snapshot(message.write_snapshot.version, from_proto(Fence, message.write_snapshot.fence))
+                seat.engine.snapshot(message.write_snapshot.version, from_proto(Fence, message.write_snapshot.fence))
         except (StaleFence, NotServing) as error:
             log.warning("ignored a %s: %s", kind, error.message)
         except PsError as error:
             self._end(False, error.message)
 
-    def _decide(self, engine: ShardEngine, decision: Decision) -> None:
-        follower = engine.follower
-        if follower is not None:
-            follower.decide(decision)
-        else:
-            engine.decide(decision)
-
-    def _replicate(self, engine: ShardEngine, wanted: pb.Replicate) -> None:
-        fence = from_proto(Fence, wanted.fence)
+    def _replicate(self, seat: Seat, wanted: pb.Replicate) -> None:
+        engine, fence = seat.engine, from_proto(Fence, wanted.fence)
         life, standby = self._host.incarnation, int(wanted.incarnation)
         greeting = Mirror(engine.run, engine.plan.digest, fence.term, fence.epoch, engine.shard, life, standby)
-        engine.replicate(greeting, wanted.address, self._open_replica)
+        seat.replicate(greeting, wanted.address, self._open_replica)
 
     def _open_replica(self, address: str, on_frame: OnFrame, on_close: OnClose) -> FrameStream:
-        return FrameStream(address, replicator.METHOD, on_frame, on_close, self._security)
+        return FrameStream(address, METHOD, on_frame, on_close, self._security)
 
     # -- To the coordinator ---------------------------------------------------------------------
 
-    def _on_engine(self, engine: ShardEngine) -> None:
-        send = self._session.send
+    def _on_seat(self, seat: Seat) -> None:
+        engine, send = seat.engine, self._session.send
 
         def prepared(report: Prepared) -> None:
             send(prepared=to_proto(report))

@@ -9,49 +9,44 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from enum import Enum, auto
+from functools import partial
 
 import numpy as np
 
 from ps import failpoints
 from ps.config import RunConfig
-from ps.errors import MismatchError, NotServing, PsError, StaleFence, WaitTimeout
-from ps.kernels import reduce as kernels
+from ps.errors import NotServing, PsError, StaleFence
 from ps.kernels.digest import hash_payload
 from ps.kernels.update import Update
 from ps.machine import available_cores
 from ps.shard import metrics
 from ps.shard.follower import Follower
-from ps.shard.journal import Journal, NoJournal, make_journal
+from ps.shard.journal import Journal, make_journal
+from ps.shard.kernel_pool import KernelPool
 from ps.shard.mirroring import Mirroring
 from ps.shard.protocol import Accepted, StepProtocol, StepShape
-from ps.shard.records import Base, Decided, Reopened
-from ps.shard.reduction import ChunkReduction, FoldJob, ReductionJob
-from ps.shard.replicator import Opener
-from ps.shard.restoring import Restoration, read_state
+from ps.shard.records import Base, Decided
+from ps.shard.reducing import Reducing
 from ps.shard.snapshot import SnapshotTarget
 from ps.shard.snapshots import MAX_SNAPSHOTS, Snapshots
 from ps.shard.store import Store
 from ps.shard.threads import kernel_threads
 from ps.sharding import Chunk, Plan, make_plan
 from ps.storage.layout import checkpoint_folder
-from ps.storage.manifest import read_manifest
 from ps.storage.shard_file import ShardFile
 from ps.telemetry import logs
 from ps.telemetry.trace import Recorder
 from ps.types import Applied, Decision, Fence, ParameterTable, Prepared
-from ps.wire.messages import Initialize, Mirror, Push
+from ps.wire.messages import Initialize, Push
 from ps.wire.shared_memory import Segment
 
 log = logging.getLogger(__name__)
 
 #: A push of the next step waits so long for the decision of the open one.
 OPEN_S = 5.0
-#: What the kernels at work may take to end before state is loaded.
-QUIESCE_S = 60.0
 
 
 @dataclass
@@ -65,8 +60,20 @@ class Outbox:
     failed: Callable[[BaseException], None] = field(default=lambda _: None)
 
 
+class Held(Enum):
+    """What state a shard holds; what a standby holds, its follower says."""
+
+    NOTHING = auto()
+    #: A checkpoint is in place, and becomes the state when the coordinator says so.
+    LOADED = auto()
+    STATE = auto()
+
+
 class ShardEngine:
-    """The state and the work of one shard of one run. Thread-safe."""
+    """The state and the work of one shard of one run, step by step. Thread-safe.
+
+    What the process is to the run, and where its state comes from, is decided by its seat (`ps.shard.seat`).
+    """
 
     def __init__(
         self,
@@ -100,33 +107,48 @@ class ShardEngine:
         #: Streams that wait, each with a condition over `lock`, and how many chunks the open step must have published
         #: before one has something to send; None: that is not what it waits for.
         self.waiting: dict[threading.Condition, int | None] = {}
-        self.has_state = False
-        #: A checkpoint is in place, and becomes the state when the coordinator says so.
-        self._loaded = False
-        asked, cores = config.cluster.threads_per_shard, available_cores()
-        self.threads = kernel_threads(asked, cores, shards_on_machine, len(self.chunks))
-        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="kernel")
-        self._snapshots = Snapshots(self.store, self.lock, self._holds, lambda *ended: self.outbox.snapshot(*ended))
-        self._mirroring = Mirroring(self.protocol, self.store, self.lock, lambda report: self.outbox.prepared(report))
+        self.held = Held.NOTHING
         #: What this process holds as a standby; None: it is the shard.
         self.follower: Follower | None = None
+        asked, cores = config.cluster.threads_per_shard, available_cores()
+        threads = kernel_threads(asked, cores, shards_on_machine, len(self.chunks))
+        self.kernels = KernelPool(threads, lambda error: self.outbox.failed(error))
+        self.snapshots = Snapshots(self.store, self.lock, self._holds, lambda *ended: self.outbox.snapshot(*ended))
+        self.mirroring = Mirroring(self.protocol, self.store, self.lock, lambda report: self.outbox.prepared(report))
+        self._reducing = Reducing(
+            self.protocol, self.store, self.lock, self.kernels, self.trace, lambda: self.journal, self._reduced
+        )
         self._prepared_ns = 0
-        self._last_applied: Applied | None = None
-        #: Hash of the state at the open version, before any of its chunks was updated.
-        self.state_hash = 0
+        #: As the coordinator was told of it.
+        self.last_applied: Applied | None = None
         metrics.ELEMENTS.set(self.store.num_elements)
-        metrics.KERNEL_THREADS.set(self.threads)
+
+    @property
+    def has_state(self) -> bool:
+        """The state of a version is held, whole."""
+        with self.lock:
+            return self.held is Held.STATE if self.follower is None else self.follower.is_whole
 
     def close(self) -> None:
         """Stop the kernel threads; pending work is dropped."""
         with self.lock:
-            self._mirroring.stop()
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._snapshots.wait(0, self.config.checkpoint.timeout_s)
+            self.mirroring.stop()
+        self.kernels.close()
+        self.snapshots.wait(0, self.config.checkpoint.timeout_s)
         self.journal.close()
 
-    def _wake(self) -> None:
-        """Any stream may have something to send; called with the lock held."""
+    def quiesce(self) -> None:
+        """Wait until no kernel and no snapshot touches the arrays any more.
+
+        Raises:
+            WaitTimeout: a kernel does not end; asking again may succeed.
+        """
+        self.kernels.quiesce()
+        self.snapshots.wait(0, self.config.checkpoint.timeout_s)
+
+    def wake(self) -> None:
+        """Another step or fence may be there, and something for any stream to send; called with the lock held."""
+        self.opened.notify_all()
         for stream in self.waiting:
             stream.notify()
         self.waiting.clear()
@@ -138,180 +160,6 @@ class ShardEngine:
             if needed is not None and needed <= there:
                 stream.notify()
                 del self.waiting[stream]
-
-    # -- Control --------------------------------------------------------------------------------
-
-    def adopt(self, fence: Fence) -> None:
-        with self.lock:
-            self._adopt(fence)
-            self.opened.notify_all()
-            self._wake()
-
-    def load(self, fence: Fence, checkpoint: Path | None, manifest_sha256: str) -> None:
-        """Forget everything and take the state of a checkpoint, or await initial values.
-
-        It counts as a state once it is served: until the rollback is journaled, a coordinator that starts
-        anew would take it for that of a shard which only has not heard the last decision.
-
-        Raises:
-            CheckpointDamaged, StorageError: the checkpoint cannot be used; the shard holds no state.
-            MismatchError: it is not the coordinator's, or another model's.
-            WaitTimeout: kernels are still at work.
-        """
-        with self.lock:
-            self._adopt(fence)
-            if self.follower is not None:
-                self.follower = None
-                self.journal = make_journal(self.config, self.shard, self.store.num_elements)
-            self.protocol.close()
-            self.has_state = self._loaded = False
-            self._last_applied = None
-            self._mirroring.forget_report()
-            self.opened.notify_all()
-            self._wake()
-        self._quiesce()
-        # Only now: the snapshots that were waited for have just ended.
-        self._snapshots.forget()
-        self.store.clear()
-        if checkpoint is None:
-            with self.lock:
-                self.protocol.await_initial_values()
-            return
-        manifest, digest = read_manifest(checkpoint)
-        if digest != manifest_sha256:
-            raise MismatchError(f"{checkpoint}/manifest.json is not the one that the coordinator read")
-        read_state(self.store, self.plan, checkpoint, manifest)
-        with self.lock:
-            self.protocol.restored(manifest.version, manifest.applied, manifest.scaler.scale)
-            self.state_hash = self.store.state_hash
-            self._loaded = True
-        log.info("loaded version %d from %s", manifest.version, checkpoint)
-
-    def restore(self, fence: Fence) -> None:
-        """Take up what a former life of this shard has written down; without it the shard holds no state.
-
-        Called once, before anything else. What is held of the open step is told when the shard serves.
-        """
-        with self.lock:
-            self.protocol.adopt(fence)
-        found = self.journal.open()
-        if found is None:
-            return
-        restoration = Restoration(found, self.run, self.lineage, self.store, self.protocol, self._for_each)
-        try:
-            restoration.restore(self.config.checkpoint_dir)
-        except PsError as error:
-            log.warning("the journal %s is of no use: %s", found.folder, error.message)
-            self.store.clear()
-            with self.lock:
-                self.protocol.close()
-                self.protocol.restored(0, 0, self.protocol.loss_scale)
-            return
-        with self.lock:
-            self.state_hash = self.store.state_hash
-            self.has_state = True
-            self.journal.go_on(self.protocol.step - (not self.protocol.chunks_reduced))
-        metrics.STEP.set(self.protocol.step)
-        logs.bind(step=self.protocol.step)
-
-    def _for_each(self, work: Callable[[Chunk], None], chunks: Iterable[Chunk]) -> None:
-        """Do something with each chunk, on all threads; returns when all is done."""
-        for _ in self._pool.map(work, chunks):
-            pass
-
-    def _quiesce(self) -> None:
-        """Wait until no kernel and no snapshot touches the arrays any more.
-
-        Raises:
-            WaitTimeout: a kernel does not end; asking again may succeed.
-        """
-        barrier = threading.Barrier(self.threads + 1)
-        for _ in range(self.threads):
-            self._pool.submit(barrier.wait, QUIESCE_S)
-        try:
-            barrier.wait(QUIESCE_S)
-        except threading.BrokenBarrierError:
-            raise WaitTimeout(
-                f"shard {self.shard}: its kernel threads are still busy after {QUIESCE_S:.0f} s"
-            ) from None
-        self._snapshots.wait(0, self.config.checkpoint.timeout_s)
-
-    def serve(self, fence: Fence, step: int, applied: int, loss_scale: float) -> None:
-        """Open for workers under this fence."""
-        with self.lock:
-            self._adopt(fence)
-            before = self.protocol.loss_scale
-            takes_over = self.follower is not None
-            if takes_over:
-                failpoints.hit("promote.before")
-            self.protocol.serve(step, applied, loss_scale)
-            if takes_over:
-                # From now on it is the shard; its journal begins with the next checkpoint.
-                self.follower = None
-                self.journal = make_journal(self.config, self.shard, self.store.num_elements)
-                failpoints.hit("promote.after")
-            if self._loaded:
-                self.has_state, self._loaded = True, False
-                self.journal.begin(self._base(), anew=True)
-            elif self.protocol.loss_scale != before:
-                self.journal.note(Reopened(step, loss_scale))
-            self._mirroring.forget_report()
-            self._report_if_prepared()
-            self._wake()
-
-    def _adopt(self, fence: Fence) -> None:
-        before = self.protocol.fence
-        self.protocol.adopt(fence)
-        if fence > before:
-            # The coordinator says anew who stands by.
-            self._mirroring.stop()
-
-    # -- Standby --------------------------------------------------------------------------------
-
-    def follow(self, fence: Fence, step: int, applied: int, loss_scale: float, keep: bool) -> None:
-        """Stand by for the shard of this index.
-
-        Args:
-            step: decided steps of the run; what the shard sends is of this version or later ones.
-            keep: what is held already counts.
-
-        Raises:
-            WaitTimeout: kernels are still at work.
-        """
-        with self.lock:
-            self._adopt(fence)
-            if keep and self.follower is not None:
-                return
-            if self.follower is not None:
-                self.follower.forget("its shard does not count on it")
-            # The shard writes it.
-            self.journal.close()
-            self.journal = NoJournal()
-            self.protocol.close()
-            self.has_state = self._loaded = False
-            self._last_applied = None
-            self._mirroring.forget_report()
-        self._quiesce()
-        with self.lock:
-            self.protocol.restored(step, applied, loss_scale)
-            self.follower = Follower(self)
-            self.opened.notify_all()
-
-    def replicate(self, greeting: Mirror, address: str, opener: Opener) -> None:
-        """Send to a standby what is reduced, and the state so far; an empty address: to none any more.
-
-        Raises:
-            StaleFence: the greeting's fence is not the present one.
-        """
-        with self.lock:
-            if greeting.fence != self.protocol.fence:
-                raise StaleFence(f"a standby under {greeting.fence}, where this shard is at {self.protocol.fence}")
-            self._mirroring.begin(greeting, address, opener)
-
-    def note_followed(self, applied: Applied) -> None:
-        """A decision was carried out on what a standby holds so far."""
-        self._last_applied = applied
-        self.outbox.applied(applied)
 
     # -- Frames ---------------------------------------------------------------------------------
 
@@ -348,7 +196,7 @@ class ShardEngine:
                     header.chunk,
                 )
             if accepted.job is not None:
-                self._submit(accepted.job)
+                self._reducing.submit(accepted.job)
         metrics.PUSHED_FRAMES.labels("duplicate" if accepted.duplicate else "held").inc()
         return accepted
 
@@ -366,12 +214,12 @@ class ShardEngine:
             self.store.weights(chunk)[:] = np.frombuffer(payload, np.float32)
             self.store.publish(chunk, self.store.encode(chunk, 0, 0))
             if self.protocol.initialized(chunk):
-                self.has_state = True
-                self.state_hash = self.store.state_hash
+                self.held = Held.STATE
+                self.store.close_step()
                 # Now, since gradients may come before the first checkpoint is asked for.
-                self.journal.begin(self._base(), anew=True)
+                self.journal.begin(self.base(), anew=True)
                 self.outbox.initialized(self.protocol.fence, self.shard)
-            self._wake()
+            self.wake()
         return False
 
     # -- Decisions ------------------------------------------------------------------------------
@@ -382,12 +230,13 @@ class ShardEngine:
             before = self.protocol.step
             chunks = self.protocol.decide(decision)
             if decision.step < before:
-                if self._last_applied is not None and self._last_applied.step == decision.step:
-                    self.outbox.applied(self._last_applied)
+                if self.last_applied is not None and self.last_applied.step == decision.step:
+                    self.outbox.applied(self.last_applied)
                 return
             if self.protocol.deciding is decision or self.protocol.step > before:
                 self.trace.add("wait for the decision", "wait", decision.step, self._prepared_ns, track="decision")
-                self.journal.note(Decided(decision, self.state_hash))
+                self.journal.note(Decided(decision, self.store.version_hash))
+                self.mirroring.decided(decision)
             self._submit_updates(decision, chunks)
             if self.protocol.step > before:
                 # Nothing is to be updated, or everything is.
@@ -405,8 +254,7 @@ class ShardEngine:
 
     def _submit_updates(self, decision: Decision, chunks: list[Chunk]) -> None:
         for chunk in chunks:
-            metrics.JOBS_WAITING.inc()
-            self._pool.submit(self._guarded, self._apply, decision, chunk)
+            self.kernels.submit(self._apply, decision, chunk)
 
     def _apply(self, decision: Decision, chunk: Chunk) -> None:
         present = self._begin_update(decision, chunk)
@@ -417,9 +265,9 @@ class ShardEngine:
             published = self.store.apply(chunk, present, decision)
             failpoints.hit("apply.after")
         metrics.APPLIED_ELEMENTS.inc(chunk.size)
-        mirrored = self._mirroring.copy(chunk, decision)
+        mirrored = self.mirroring.copy(chunk, decision)
         with self.lock:
-            self._mirroring.send(chunk, mirrored)
+            self.mirroring.send(chunk, mirrored)
             failpoints.hit("publish.before")
             self.store.publish(chunk, published)
             failpoints.hit("publish.after")
@@ -433,12 +281,12 @@ class ShardEngine:
         """Wait until a chunk may change; returns which of its runs do. None: it must not, by this decision."""
         while True:
             # A disk slower than the steps slows the steps down; it never piles up copies.
-            self._snapshots.wait(MAX_SNAPSHOTS, self.config.checkpoint.timeout_s)
-            protected = self._snapshots.pending
+            self.snapshots.wait(MAX_SNAPSHOTS, self.config.checkpoint.timeout_s)
+            protected = self.snapshots.pending
             for snapshot in protected:
                 snapshot.protect(chunk)
             with self.lock:
-                if any(snapshot not in protected for snapshot in self._snapshots.pending):
+                if any(snapshot not in protected for snapshot in self.snapshots.pending):
                     # It was asked for meanwhile, of the state before this update.
                     continue
                 if not self.protocol.begin_update(chunk, decision):
@@ -450,34 +298,40 @@ class ShardEngine:
         """The decision is carried out; called with the lock held."""
         metrics.STEP.set(decision.version)
         logs.bind(step=decision.version)
-        self._mirroring.forget_report()
+        self.mirroring.forget_report()
         if self.follower is not None:
             self.follower.advanced()
-        self.state_hash = self.store.state_hash
         self.store.close_step()
-        self.opened.notify_all()
         if decision.snapshot and self.follower is None:
             self.snapshot(decision.version, decision.fence)
-        self._last_applied = Applied(self.protocol.fence, decision.step, self.shard, self.state_hash)
+        self._tell_applied(decision, self.store.version_hash)
+
+    def went_on(self, decision: Decision) -> None:
+        """A decision was carried out on what a standby holds so far."""
+        self.store.close_step()
+        self._tell_applied(decision, 0)
+
+    def _tell_applied(self, decision: Decision, state_hash: int) -> None:
+        self.last_applied = Applied(self.protocol.fence, decision.step, self.shard, state_hash)
         failpoints.hit("applied.before")
-        self.outbox.applied(self._last_applied)
+        self.outbox.applied(self.last_applied)
         failpoints.hit("applied.after")
-        self._wake()
+        self.wake()
 
     def resend(self) -> None:
         """Tell the coordinator again what it may not have heard."""
         with self.lock:
-            if self._last_applied is not None and self._last_applied.fence == self.protocol.fence:
-                self.outbox.applied(self._last_applied)
-            if self._mirroring.told is not None:
-                self.outbox.prepared(self._mirroring.told)
+            if self.last_applied is not None and self.last_applied.fence == self.protocol.fence:
+                self.outbox.applied(self.last_applied)
+            if self.mirroring.told is not None:
+                self.outbox.prepared(self.mirroring.told)
             if self.has_state and self.protocol.step == 0 and self.protocol.serving:
                 self.outbox.initialized(self.protocol.fence, self.shard)
 
     def resend_all(self) -> None:
         """After a new connection: everything, snapshots too."""
         self.resend()
-        self._snapshots.tell_again()
+        self.snapshots.tell_again()
 
     # -- Snapshots ------------------------------------------------------------------------------
 
@@ -498,7 +352,7 @@ class ShardEngine:
                 raise StaleFence(f"a checkpoint under {fence}, where this shard is at {self.protocol.fence}")
             if not self._holds(version):
                 raise NotServing(f"shard {self.shard} is at version {self.protocol.step}, not {version}")
-            if self._snapshots.knows(version, fence):
+            if self.snapshots.knows(version, fence):
                 return
             target = SnapshotTarget(
                 checkpoint_folder(self.config.checkpoint_dir, version),
@@ -508,88 +362,31 @@ class ShardEngine:
                 {"format": "windlass", "run": self.run, "version": str(version)},
                 fence,
             )
-            self.journal.begin(self._base())
-            self._snapshots.begin(target)
+            self.journal.begin(self.base())
+            self.snapshots.begin(target)
 
     def _holds(self, version: int) -> bool:
         """Whether the state is that of a version, and of no other."""
         return self.has_state and self.protocol.step == version and not self.protocol.is_between
 
-    def _base(self) -> Base:
+    def base(self) -> Base:
         """The present state, as a beginning."""
-        return Base(self.run, self.lineage, self.shard, self.plan.digest, self.protocol.step, self.state_hash)
+        return Base(self.run, self.lineage, self.shard, self.plan.digest, self.protocol.step, self.store.version_hash)
 
     # -- Reduction ------------------------------------------------------------------------------
 
-    def _submit(self, job: ReductionJob) -> None:
-        metrics.JOBS_WAITING.inc()
-        self._pool.submit(self._guarded, self._reduce, job, self.protocol.reduction(job.chunk.index))
+    def _reduced(self, chunk: Chunk) -> Callable[[], None] | None:
+        self.mirroring.reduced(chunk)
+        foregone = self.protocol.foregone
+        self.report_if_prepared()
+        return partial(self._apply, foregone, chunk) if foregone is not None else None
 
-    def _guarded(self, work: Callable[..., None], *arguments: object) -> None:
-        metrics.JOBS_WAITING.dec()
-        try:
-            work(*arguments)
-        except BaseException as error:
-            log.exception("a kernel thread failed")
-            self.outbox.failed(error)
-
-    def _reduce(self, job: ReductionJob, reduction: ChunkReduction) -> None:
-        with self.lock:
-            if not self.protocol.is_current(job, reduction):
-                return
-            step = self.protocol.step
-        gradients = [held.gradient for held in job.held]
-        weights = [held.slots for held in job.held]
-        dtype = self.config.precision.wire
-        name = "fold" if isinstance(job, FoldJob) else "reduce"
-        with metrics.REDUCE_SECONDS.time(), self.trace.span(name, "reduce", step, chunk=job.chunk.index):
-            if isinstance(job, FoldJob):
-                if reduction.accumulator is None:
-                    reduction.accumulator = np.zeros(job.chunk.size, np.float64)
-                kernels.fold(reduction.accumulator, gradients, weights, dtype)
-            else:
-                kernels.reduce(
-                    gradients,
-                    weights,
-                    reduction.accumulator,
-                    self.config.batch.micro_batches_per_step,
-                    dtype,
-                    self.store.mean(job.chunk),
-                    self.store.square_sums(job.chunk),
-                )
-                metrics.REDUCED_ELEMENTS.inc(job.chunk.size)
-        if self.journal.is_on and not isinstance(job, FoldJob):
-            self._write_down(job, reduction)
-        with self.lock:
-            if not self.protocol.is_current(job, reduction):
-                return
-            following = reduction.done(job)
-            if following is not None:
-                self._submit(following)
-            if reduction.reduced:
-                reduction.finite = bool(np.isfinite(self.store.square_sums(job.chunk)).all())
-                self._mirroring.reduced(job.chunk)
-            foregone = self.protocol.foregone
-            self._report_if_prepared()
-        if reduction.reduced and foregone is not None:
-            # While what was reduced is still in the cache.
-            self._apply(foregone, job.chunk)
-
-    def _write_down(self, job: ReductionJob, reduction: ChunkReduction) -> None:
-        """Write what was reduced into the journal, before anybody hears of it and anything is updated by it."""
-        square_sums = tuple(map(float, self.store.square_sums(job.chunk)))
-        with self.lock:
-            if not self.protocol.is_current(job, reduction):
-                return
-            record = self.protocol.record(job.chunk, square_sums)
-        with self.trace.span("write", "journal", record.step, chunk=record.chunk):
-            self.journal.note(record, self.store.mean(job.chunk))
-
-    def _report_if_prepared(self) -> None:
-        if self._mirroring.has_report:
+    def report_if_prepared(self) -> None:
+        """Report the open step, if all of it is reduced and that was not done; called with the lock held."""
+        if self.mirroring.has_report:
             return
         if not self.protocol.serving or not self.protocol.all_reduced or self.protocol.deciding is not None:
             return
         self._prepared_ns = time.monotonic_ns()
         report = replace(self.protocol.prepared(self.store.all_square_sums()), journal_full=self.journal.is_full)
-        self._mirroring.report(report)
+        self.mirroring.report(report)

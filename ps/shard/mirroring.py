@@ -1,4 +1,4 @@
-"""What a shard does for its standby: it sends what is reduced, at first the state, and reports what is held by both.
+"""What a shard does for its standby: it sends what it would write down, at first the state, and reports what both hold.
 
 The stream is the replicator's; what it may carry, and what follows from its answers, is decided here.
 """
@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from ps import failpoints
 from ps.shard.protocol import StepProtocol
+from ps.shard.records import Decided
 from ps.shard.replicator import Link, Opener, Replicator, draft_state
 from ps.shard.store import Store
 from ps.sharding import Chunk
@@ -72,26 +73,39 @@ class Mirroring:
         return self._waiting is not None or self.told is not None
 
     def report(self, report: Prepared) -> None:
-        """Tell the coordinator that everything is reduced, once the standby holds it too."""
+        """Tell the coordinator that everything is reduced; if the standby is about to hold it, once it does.
+
+        A standby that is being filled is not waited for, unless it is too far behind.
+        """
         link = self.link
-        if link is None or not link.is_joined:
+        if link is None or not (link.will_cover(len(self._chunks)) or link.is_behind):
             self._tell_now(report)
-            return
-        self._waiting = report
-        failpoints.hit("mirror.before")
-        link.send_step(report)
-        failpoints.hit("mirror.after")
+        elif link.covered == report.step:
+            self._tell_now(replace(report, standby=link.standby))
+        else:
+            failpoints.hit("mirror.before")
+            self._waiting = report
+            link.moved()
+            link.is_awaited = True
+            failpoints.hit("mirror.after")
 
     def forget_report(self) -> None:
         """Another step is open, or another fence: what was reported does not count any more."""
         self._waiting = self.told = None
+        self._release()
 
     def _tell_now(self, report: Prepared) -> None:
         self.told, self._waiting = report, None
+        self._release()
         about = "covered" if report.standby else ""
         failpoints.hit("prepare.before", about)
         self._tell(report)
         failpoints.hit("prepare.after", about)
+
+    def _release(self) -> None:
+        link = self.link
+        if link is not None:
+            link.is_awaited = False
 
     def _tell_waiting(self) -> None:
         if self._waiting is not None:
@@ -104,6 +118,12 @@ class Mirroring:
         link = self.link
         if link is not None:
             self._send_reduced(link, chunk)
+
+    def decided(self, decision: Decision) -> None:
+        """Send what was decided: whatever of its step the standby lacks now will not come any more."""
+        link = self.link
+        if link is not None:
+            link.send_decided(Decided(decision))
 
     def copy(self, chunk: Chunk, decision: Decision) -> Copy | None:
         """Copy the state of a chunk right after an update, if it is to be sent."""
@@ -118,35 +138,50 @@ class Mirroring:
             copy[0].send_state(chunk, copy[1])
 
     def _send_reduced(self, link: Link, chunk: Chunk) -> None:
-        present = self._protocol.reduction(chunk.index).present.to_bytes(chunk.presence_bytes, "little")
-        squares, mean = self._store.square_sums(chunk), self._store.mean(chunk)
-        link.send_reduced(self._protocol.step, chunk, present, squares, mean)
+        if link.wants_reduced(chunk):
+            square_sums = tuple(map(float, self._store.square_sums(chunk)))
+            link.send_reduced(self._protocol.record(chunk, square_sums), self._store.mean(chunk))
 
     # -- From the replicator --------------------------------------------------------------------
 
     def resume(self, link: Link, held: Mirrored) -> None:
-        """Send the standby what it lacks of the open step."""
+        """Send the standby what it lacks of the open step, and the decision if it has not heard that."""
         with self._lock:
             if link is not self.link:
                 return
-            step, chunks = self._protocol.step, self._chunks
-            # One decision behind: it hears that one from the coordinator.
-            counts = held.step in (step, step - 1)
-            link.joined(_named(held.filled, chunks) if counts else set())
-            there = _named(held.reduced, chunks) if held.step == step else set()
-            for chunk in chunks:
-                if self._protocol.reduction(chunk.index).reduced and chunk.index not in there:
+            protocol = self._protocol
+            step, last, deciding = protocol.step, protocol.last_decision, protocol.deciding
+            if held.step > step:
+                # It has heard a decision that this shard has not: again, when it has.
+                link.cut()
+                return
+            # One decision behind is not too late: what it holds becomes what this shard has.
+            filled = _named(held.filled, self._chunks) if held.step >= step - 1 else set()
+            reduced = _named(held.reduced, self._chunks) if held.step == step else set()
+            link.joined(filled, reduced, len(self._chunks))
+            if link.will_cover(len(self._chunks)):
+                self.covered(link, step)
+            if held.step < step and last is not None:
+                link.send_decided(Decided(last))
+            for chunk in self._chunks:
+                if protocol.reduction(chunk.index).reduced:
                     self._send_reduced(link, chunk)
-            report = self._waiting or self.told
-            if report is not None and report.step == step:
-                link.send_step(report)
+            if deciding is not None:
+                link.send_decided(Decided(deciding))
 
-    def covered(self, link: Link, step: int, whole: bool) -> None:
-        """The standby holds what was sent of a step: the report goes, and says whether that is everything."""
+    def covered(self, link: Link, step: int) -> None:
+        """The standby could take over, with what is reduced of a step: the report says so."""
         with self._lock:
+            link.covers(step)
             report = self._waiting or self.told
             if link is self.link and report is not None and report.step == step:
-                self._tell_now(replace(report, standby=link.standby if whole else 0))
+                self._tell_now(replace(report, standby=link.standby))
+
+    def caught_up(self, link: Link) -> None:
+        """What has been sent is not too much any more: the next step goes on, unless the standby is to hold it."""
+        with self._lock:
+            if link is self.link and not link.will_cover(len(self._chunks)):
+                self._tell_waiting()
 
     def uncovered(self, replicator: Replicator) -> None:
         """Nothing is known of what the standby holds; the coordinator decides what follows."""

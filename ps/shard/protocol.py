@@ -19,11 +19,9 @@ from ps.errors import (
     StepNotOpen,
     UnknownChunk,
     UnknownContribution,
-    WrongDtype,
-    WrongHash,
-    WrongLength,
     WrongLossScale,
 )
+from ps.shard.payloads import check_gradient, check_initial
 from ps.shard.records import Reduced
 from ps.shard.reduction import ChunkReduction, Held, Progress, ReductionJob
 from ps.sharding import Chunk, Plan
@@ -162,7 +160,7 @@ class StepProtocol:
             raise WrongLossScale(f"loss scale {header.loss_scale} where step {self.step} has {self.loss_scale}")
         chunk = self.owned(header.chunk)
         self._check_contribution(header)
-        self._check_payload(header, chunk, payload, payload_hash)
+        check_gradient(header, chunk, self.shape.dtype, payload, payload_hash)
         reduction = self._reductions[chunk.index]
         first = reduction.hashes.get(header.contribution)
         if first is not None:
@@ -183,10 +181,7 @@ class StepProtocol:
         """Take the FP32 initial values of a chunk; returns the chunk and whether it is new."""
         self.check(header)
         chunk = self.owned(header.chunk)
-        if len(payload) != 4 * chunk.size:
-            raise WrongLength(f"initial values of chunk {chunk.index}: {len(payload)} bytes, not {4 * chunk.size}")
-        if payload_hash != header.hash:
-            raise WrongHash(f"initial values of chunk {chunk.index} were damaged on their way")
+        check_initial(header, chunk, payload, payload_hash)
         if self._initial is None or chunk.index in self._initial:
             return chunk, False
         return chunk, True
@@ -238,23 +233,6 @@ class StepProtocol:
         """The report that the coordinator decides from."""
         reports = tuple(self._reports[c] for c in range(self.shape.contributions))
         return Prepared(self.fence, self.step, self.shard, square_sums, reports)
-
-    def take_reduced(
-        self, present: dict[int, int], finite: dict[int, bool], reports: tuple[ContributionReport, ...]
-    ) -> None:
-        """Take over, of every chunk, what another process has reduced of the open step.
-
-        Args:
-            present: by chunk, a bit per run that had a gradient.
-            finite: by chunk, whether it is without overflow.
-            reports: of all contributions.
-        """
-        for index, reduction in self._reductions.items():
-            # What their payloads hashed to is not known: whoever sends one again is believed.
-            unknown = dict.fromkeys(range(self.shape.contributions), b"")
-            reduction.restore(unknown, present[index], finite=finite[index])
-        self._reports = {report.contribution: report for report in reports}
-        self._chunks_held = [len(self._chunks)] * self.shape.contributions
 
     def record(self, chunk: Chunk, square_sums: tuple[float, ...]) -> Reduced:
         """What is written down of a chunk that is reduced."""
@@ -420,24 +398,8 @@ class StepProtocol:
         if header.slots != slots:
             raise UnknownContribution(f"contribution {header.contribution} has {slots} slots, not {header.slots}")
 
-    def _check_payload(self, header: Push, chunk: Chunk, payload: memoryview, payload_hash: bytes) -> None:
-        if header.dtype != self.shape.dtype:
-            raise WrongDtype(f"dtype {header.dtype[:20]!r} where the run's wire dtype is {self.shape.dtype}")
-        if len(payload) != chunk.size * self.shape.dtype.itemsize:
-            raise WrongLength(
-                f"chunk {chunk.index}: {len(payload)} bytes of gradient, not {chunk.size * self.shape.dtype.itemsize}"
-            )
-        if len(header.present) != chunk.presence_bytes:
-            raise WrongLength(
-                f"chunk {chunk.index}: a presence map of {len(header.present)} bytes, not {chunk.presence_bytes}"
-            )
-        if int.from_bytes(header.present, "little") >> len(chunk.runs):
-            raise WrongLength(f"chunk {chunk.index}: the presence map has bits beyond its {len(chunk.runs)} runs")
-        if payload_hash != header.hash:
-            raise WrongHash(f"chunk {chunk.index} of contribution {header.contribution} was damaged on its way")
-
     def _again(self, header: Push, first: bytes) -> Accepted:
-        conflicting = bool(first) and first != header.hash
+        conflicting = first != header.hash
         if conflicting and self.shape.strict:
             raise ConflictingContribution(
                 f"step {header.step}, contribution {header.contribution}, chunk {header.chunk} came before with "

@@ -1,4 +1,4 @@
-"""What a shard writes down, and a standby hears: the records that lead from one state to the next.
+"""What a shard writes down, and what its standby hears: the records that lead from one state to the next.
 
 In their order they are the run, as this shard sees it: `Base` says where it begins, `Reduced` what a chunk's
 gradient of a step is, `Decided` what was done with it. Whoever holds the state of the base and carries them
@@ -61,8 +61,8 @@ class Decided:
     """A step's decision, before it is carried out."""
 
     decision: Decision
-    #: 64-bit hash of the state before it: shows whether whoever follows still has the same bits.
-    state_hash: int
+    #: 64-bit hash of the state before it: shows whether whoever follows still has the same bits. 0: it is not said.
+    state_hash: int = 0
 
 
 Record = Base | Reduced | Reopened | Decided

@@ -65,7 +65,7 @@ class ChunkReduction:
     exact: bool
     #: Told when the chunk is reduced.
     progress: Progress = field(default_factory=Progress)
-    #: Payload hash of every contribution that has come; empty: not known.
+    #: Payload hash of every contribution that has come.
     hashes: dict[int, bytes] = field(default_factory=dict)
     present: int = 0
     accumulator: np.ndarray | None = None

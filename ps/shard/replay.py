@@ -19,6 +19,21 @@ from ps.types import Decision
 ForEach = Callable[[Callable[[Chunk], None], Iterable[Chunk]], None]
 
 
+def hold(store: Store, protocol: StepProtocol, record: Reduced, mean: memoryview) -> bool:
+    """Hold a chunk as it was reduced; False: it is not of the step that is open.
+
+    Args:
+        mean: m, float32 [chunk.size].
+    """
+    finite = bool(np.isfinite(record.square_sums).all())
+    if not protocol.restore(record, finite=finite):
+        return False
+    chunk = protocol.owned(record.chunk)
+    np.copyto(store.mean(chunk), np.frombuffer(mean, np.float32))
+    store.square_sums(chunk)[:] = record.square_sums
+    return True
+
+
 class Replay:
     """A state, and the records that lead on from it.
 
@@ -64,7 +79,7 @@ class Replay:
             if record.step == self._protocol.step:
                 self._protocol.reopen(record.loss_scale)
         else:
-            self._reduce(record, np.frombuffer(mean, np.float32))
+            hold(self._store, self._protocol, record, mean)
 
     def finish(self) -> None:
         """Publish what was reached."""
@@ -84,13 +99,6 @@ class Replay:
                 f"version {version} has the state hash {self._store.state_hash:016x} where {state_hash:016x} was "
                 "written down: this machine does not repeat its own bits, or the checkpoint is another one"
             )
-
-    def _reduce(self, record: Reduced, mean: np.ndarray) -> None:
-        finite = bool(np.isfinite(record.square_sums).all())
-        if self._protocol.restore(record, finite=finite):
-            chunk = self._protocol.owned(record.chunk)
-            np.copyto(self._store.mean(chunk), mean)
-            self._store.square_sums(chunk)[:] = record.square_sums
 
     def _decide(self, decision: Decision) -> None:
         decision = replace(decision, fence=self._protocol.fence)

@@ -38,6 +38,7 @@ def read_state(store: Store, plan: Plan, checkpoint: Path, manifest: Manifest) -
                 reader.read(name, chunk.start, array)
     for chunk in store.chunks:
         store.publish(chunk, store.encode(chunk, manifest.version, manifest.applied))
+    store.close_step()
 
 
 class Restoration:

@@ -16,7 +16,8 @@ from ps.errors import MismatchError, NotServing, PsError, StorageError
 from ps.shard import metrics, stream
 from ps.shard.engine import ShardEngine
 from ps.shard.exchange import Exchange
-from ps.shard.follower import FollowerStream
+from ps.shard.follower_stream import FollowerStream
+from ps.shard.seat import Seat
 from ps.storage.storage_proof import check_nonce
 from ps.types import Fence, ParameterTable, Role
 from ps.wire import frame
@@ -30,13 +31,13 @@ SERVICE = "windlass.ps.v1.Shard"
 
 
 class ShardHost:
-    """What outlives an engine: the process's identity, and the engine once there is a run to serve."""
+    """What outlives an engine: the process's identity, and the seat once there is a run to serve."""
 
-    def __init__(self, index: int, incarnation: int, on_engine: Callable[[ShardEngine], None]) -> None:
+    def __init__(self, index: int, incarnation: int, on_seat: Callable[[Seat], None]) -> None:
         self.index = index
         self.incarnation = incarnation
-        self.engine: ShardEngine | None = None
-        self._on_engine = on_engine
+        self.seat: Seat | None = None
+        self._on_seat = on_seat
         #: Held while the coordinator configures, which may take as long as loading does.
         self._lock = threading.Lock()
         #: The run ends, or this process: streams end too.
@@ -50,55 +51,60 @@ class ShardHost:
             self._streams += change
             metrics.STREAMS.set(self._streams)
 
+    @property
+    def engine(self) -> ShardEngine | None:
+        return self.seat.engine if self.seat is not None else None
+
     def configure(self, request: shard_pb2.ConfigureRequest) -> shard_pb2.ConfigureResponse:
         """Carry out the coordinator's control, one call at a time."""
         with self._lock:
             fence = from_proto(Fence, request.fence)
-            engine = self._engine_for(request, fence)
-            engine.lineage = request.lineage
+            seat = self._seat_for(request, fence)
+            seat.engine.lineage = request.lineage
             if request.action == shard_pb2.ConfigureRequest.LOAD:
-                self._load(engine, request, fence)
+                self._load(seat, request, fence)
             elif request.action == shard_pb2.ConfigureRequest.SERVE:
-                engine.serve(fence, request.step, request.applied, request.loss_scale)
+                seat.serve(fence, request.step, request.applied, request.loss_scale)
                 failpoints.enter(f"{Role.SHARD.value}-{self.index}")
             elif request.action == shard_pb2.ConfigureRequest.FOLLOW:
                 failpoints.enter(f"{Role.STANDBY.value}-{self.index}")
                 failpoints.hit("follow.before")
-                engine.follow(fence, request.step, request.applied, request.loss_scale, request.keep)
+                seat.follow(fence, request.step, request.applied, request.loss_scale, request.keep)
                 failpoints.hit("follow.after")
             else:
-                engine.adopt(fence)
-            return self._report(engine)
+                seat.adopt(fence)
+            return self._report(seat.engine)
 
-    def _engine_for(self, request: shard_pb2.ConfigureRequest, fence: Fence) -> ShardEngine:
+    def _seat_for(self, request: shard_pb2.ConfigureRequest, fence: Fence) -> Seat:
         if request.shard != self.index:
             raise MismatchError(f"this process is shard {self.index}, not shard {request.shard}")
         table = ParameterTable.unpack(request.table)
-        engine = self.engine
-        if engine is not None:
+        if self.seat is not None:
+            engine = self.seat.engine
             if fence < engine.protocol.fence:
-                engine.adopt(fence)
+                self.seat.adopt(fence)
             asked = (request.run, table.digest, request.num_shards)
             if asked != (engine.run, engine.plan.table.digest, engine.plan.num_shards):
                 raise MismatchError(
                     f"this process serves run {engine.run} as one of {engine.plan.num_shards} shards; for "
                     f"run {request.run} with {request.num_shards} shards start a new one"
                 )
-            return engine
+            return self.seat
         config = from_json(RunConfig, request.job)
         if config.cluster.shards != request.num_shards:
             raise MismatchError(f"the job has {config.cluster.shards} shards, the coordinator {request.num_shards}")
-        self.engine = ShardEngine(
+        engine = ShardEngine(
             config, request.run, table, self.index, request.contributions, max(1, request.shards_on_machine)
         )
-        self.engine.lineage = request.lineage
-        self._on_engine(self.engine)
+        engine.lineage = request.lineage
+        self.seat = Seat(engine)
+        self._on_seat(self.seat)
         if request.action != shard_pb2.ConfigureRequest.FOLLOW:
-            self.engine.restore(fence)
-        return self.engine
+            self.seat.restore(fence)
+        return self.seat
 
-    def _load(self, engine: ShardEngine, request: shard_pb2.ConfigureRequest, fence: Fence) -> None:
-        folder = engine.config.checkpoint_dir
+    def _load(self, seat: Seat, request: shard_pb2.ConfigureRequest, fence: Fence) -> None:
+        folder = seat.engine.config.checkpoint_dir
         if request.nonce_file:
             try:
                 check_nonce(folder, request.nonce_file, request.nonce)
@@ -106,7 +112,7 @@ class ShardHost:
                 raise MismatchError(error.message) from None
         checkpoint = folder / Path(request.checkpoint).name if request.checkpoint else None
         failpoints.hit("load.before", request.checkpoint)
-        engine.load(fence, checkpoint, request.manifest_sha256)
+        seat.load(fence, checkpoint, request.manifest_sha256)
         failpoints.hit("load.after", request.checkpoint)
 
     def _report(self, engine: ShardEngine) -> shard_pb2.ConfigureResponse:
@@ -119,7 +125,7 @@ class ShardHost:
                 version=protocol.step,
                 applied=protocol.applied,
                 reduced=protocol.all_reduced,
-                state_hash=engine.state_hash if engine.has_state else 0,
+                state_hash=engine.store.version_hash if engine.has_state else 0,
             )
             if protocol.is_ahead and protocol.updated_by is not None:
                 response.updated_by.CopyFrom(to_proto(protocol.updated_by))
@@ -226,8 +232,8 @@ class ShardServicer:
             self._host.count_stream(-1)
 
     def _replicate(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        engine = self._host.engine
-        if engine is None:
+        seat = self._host.seat
+        if seat is None:
             abort(context, NotServing(f"the standby of shard {self._host.index} does not follow yet: try again"))
             return
-        yield from stream.serve(frames, context, FollowerStream(engine, self._host.incarnation), self._host.ending)
+        yield from stream.serve(frames, context, FollowerStream(seat, self._host.incarnation), self._host.ending)

@@ -43,6 +43,8 @@ class Store:
         self._runs = {chunk.index: RunTable.build(chunk.runs, chunk.size) for chunk in chunks}
         self._square_sums = {chunk.index: np.zeros(chunk.num_segments) for chunk in chunks}
         self._hashes = dict.fromkeys(self._offsets, 0)
+        #: Hash of the state at the open version, before any of its chunks was updated.
+        self.version_hash = 0
         self.published: dict[int, Published] = {}
         #: What was published before, of chunks that are updated in the open step.
         self._before: dict[int, Published] = {}
@@ -122,7 +124,8 @@ class Store:
         return before if before is not None and before.version == version else self.published[chunk.index]
 
     def close_step(self) -> None:
-        """The version before the present one is not needed any more."""
+        """The state is that of another version, whole; the one before is not needed any more."""
+        self.version_hash = self.state_hash
         self._before.clear()
         self.news = []
 

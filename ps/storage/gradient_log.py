@@ -126,12 +126,14 @@ class GradientLog:
     @property
     def size(self) -> int:
         """Bytes of all files."""
-        return sum(self._sizes.values())
+        return sum(self._sizes.copy().values())
 
     @property
     def newest_size(self) -> int:
         """Bytes of the newest file; 0: there is none."""
-        return self._sizes[max(self._sizes)] if self._sizes else 0
+        # Whoever asks does not wait for a disk, and files may be removed meanwhile.
+        sizes = self._sizes.copy()
+        return sizes[max(sizes)] if sizes else 0
 
     def read(self, version: int) -> Iterator[Entry]:
         """Read the records of the file of this version and of all that follow; then `append` goes on behind them.

@@ -248,44 +248,29 @@ class Mirrored(Header):
     kind = "mirrored"
     #: Decided steps, as far as it has heard.
     step: int
-    #: One bit per chunk of the shard, least significant first: its state is held, as of this step or the next.
+    #: One bit per chunk of the shard, least significant first: its state is held, as of this step.
     filled: bytes
     #: The same for what is reduced of the open step.
     reduced: bytes
 
 
 @dataclass(frozen=True)
-class Reduced(Header):
-    """What is reduced of one chunk: the mean gradient in FP32 is the payload."""
+class Noted(Header):
+    """What a shard with a journal writes down: a record (`ps.shard.records`), whose payload is this frame's."""
 
-    kind = "reduced"
-    step: int
-    chunk: int
-    #: One bit per run of the chunk, least significant first: it had a gradient in any contribution.
-    present: bytes
-    #: The sum of squares of each of its segments, float64.
-    squares: bytes
-
-
-@dataclass(frozen=True)
-class StepReduced(Header):
-    """Everything of a step has been sent; the payload is a msgpack list of contributions."""
-
-    kind = "step_reduced"
-    step: int
+    kind = "noted"
+    record: bytes
 
 
 @dataclass(frozen=True)
 class Covered(Header):
-    """The answer to StepReduced: all of it is held."""
+    """A standby's word that it holds the state of every chunk and all that is reduced of a step: it could take over."""
 
     kind = "covered"
     step: int
-    #: The state of every chunk is held as well: this standby could take over.
-    whole: bool
 
 
-_TO_STANDBY: dict[str, type[Header]] = {cls.kind: cls for cls in (Mirror, State, Reduced, StepReduced)}
+_TO_STANDBY: dict[str, type[Header]] = {cls.kind: cls for cls in (Mirror, State, Noted)}
 _FROM_STANDBY: dict[str, type[Header]] = {cls.kind: cls for cls in (Mirrored, Covered, Refused)}
 _TO_SHARD: dict[str, type[Header]] = {cls.kind: cls for cls in (Hello, Attach, Push, PushPlaced, Initialize, Pull)}
 _TO_WORKER: dict[str, type[Header]] = {cls.kind: cls for cls in (Welcome, Ack, Weights, Placed, Unchanged, Refused)}
@@ -372,7 +357,7 @@ def parse_to_worker(header: dict[str, Any]) -> Welcome | Ack | Weights | Placed 
     return _parse(_TO_WORKER, header)  # type: ignore[return-value]
 
 
-def parse_to_standby(header: dict[str, Any]) -> Mirror | State | Reduced | StepReduced:
+def parse_to_standby(header: dict[str, Any]) -> Mirror | State | Noted:
     """Read a header that a shard sent to its standby.
 
     Raises:

@@ -82,7 +82,7 @@ class GrpcServer:
         self.address = "127.0.0.1:0"
         self.transport = GrpcTransport()
         self._host = ShardHost(0, 7, lambda _: None)
-        self._host.engine = shard.engine
+        self._host.seat = shard.seat
         self._server: grpc.Server | None = None
 
     def start(self) -> None:

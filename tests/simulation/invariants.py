@@ -35,8 +35,9 @@ from ps.coordinator.snapshots import Snapshots
 from ps.coordinator.standbys import Standbys
 from ps.coordinator.steps import Steps
 from ps.errors import PsError
-from ps.shard.engine import ShardEngine
+from ps.shard.engine import Held, ShardEngine
 from ps.shard.protocol import StepProtocol
+from ps.shard.seat import Seat
 from ps.shard.service import ShardHost
 from ps.storage.journal import Journal
 from ps.storage.layout import checkpoint_folder
@@ -99,7 +100,7 @@ class Watch:
                 (ShardEngine, "__init__", self._on_engine),
                 (ShardEngine, "_close_step", self._on_close_step),
                 (ShardEngine, "initialize", self._on_initialize),
-                (ShardEngine, "serve", self._on_serve),
+                (Seat, "serve", self._on_serve),
                 (StepProtocol, "restored", self._on_restored),
                 (StepProtocol, "await_initial_values", self._on_restored),
                 (StepProtocol, "push", self._on_push),
@@ -294,9 +295,10 @@ class Watch:
             if engine.protocol is protocol:
                 self._versions[id(engine)] = protocol.step
 
-    def _on_serve(self, call: Callable[..., None], engine: ShardEngine, fence: Fence, *arguments: Any) -> None:
-        loaded = engine._loaded
-        call(engine, fence, *arguments)
+    def _on_serve(self, call: Callable[..., None], seat: Seat, fence: Fence, *arguments: Any) -> None:
+        engine = seat.engine
+        loaded = engine.held is Held.LOADED
+        call(seat, fence, *arguments)
         if loaded and engine.has_state:
             version = engine.protocol.step
             self.expect(

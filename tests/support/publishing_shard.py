@@ -46,7 +46,7 @@ def main(run_dir: str) -> None:
     enter(Role.SHARD)
     rig = Rig(make_config(Path(run_dir), slots=1), CONTRIBUTIONS, TABLE)
     host = ShardHost(0, 7, lambda _: None)
-    host.engine = rig.engine
+    host.seat = rig.seat
     server = make_server(16)
     server.add_generic_rpc_handlers((ShardServicer(host).handler(),))
     say(bind(server, "127.0.0.1:0"))

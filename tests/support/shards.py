@@ -19,6 +19,7 @@ from ps.kernels.convert import encode
 from ps.kernels.digest import hash_payload
 from ps.shard.engine import Outbox, ShardEngine
 from ps.shard.exchange import Exchange
+from ps.shard.seat import Seat
 from ps.shard.snapshot import SnapshotTarget
 from ps.sharding import Chunk
 from ps.storage.shard_file import ShardFile
@@ -115,13 +116,14 @@ class Rig:
         self.contributions = contributions
         self.dtype = config.precision.wire
         self.engine = ShardEngine(config, RUN, table, 0, contributions)
+        self.seat = Seat(self.engine)
         self.told = Told()
         self.engine.outbox = self.told.outbox()
         self.state = TrainingState.start(config)
         self.fence = FENCE
         if initialize:
-            self.engine.load(self.fence, None, "")
-            self.engine.serve(self.fence, 0, 0, self.state.scaler.scale)
+            self.seat.load(self.fence, None, "")
+            self.seat.serve(self.fence, 0, 0, self.state.scaler.scale)
             for chunk in self.chunks:
                 self.engine.initialize(*self.initial(chunk))
 

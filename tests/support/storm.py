@@ -34,6 +34,7 @@ from ps.coordinator.decision import TrainingState, after, decide, foregone
 from ps.kernels.convert import decode, encode
 from ps.shard.engine import Outbox, ShardEngine
 from ps.shard.exchange import Exchange
+from ps.shard.seat import Seat
 from ps.sharding import Chunk, Plan, make_plan
 from ps.types import Fence, WireDtype, slot_range
 from ps.wire.proto import from_proto, to_proto
@@ -328,7 +329,7 @@ class Storm:
 
     def run(self, steps: int) -> list[tuple[int, ...]]:
         for engine in self.engines:
-            engine.load(self.fence, None, "")
+            Seat(engine).load(self.fence, None, "")
         self._serve()
         self.hands[0].say(deal=self._deal(initialize=True))
         self._await("initialized", lambda told: (told[0], told[1]))
@@ -419,7 +420,7 @@ class Storm:
     def _serve(self) -> None:
         state = self.state
         for engine in self.engines:
-            engine.serve(self.fence, state.version, state.applied, state.scaler.scale)
+            Seat(engine).serve(self.fence, state.version, state.applied, state.scaler.scale)
         for hand in self.hands:
             self._greet(hand)
 

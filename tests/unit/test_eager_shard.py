@@ -257,9 +257,9 @@ def test_a_push_that_waits_hears_of_a_new_fence(shard: Rig, what: str) -> None:
     thread.start()
     eventually(lambda: shard.engine.opened._waiters, TIMEOUT_S, "the push to wait")  # type: ignore[attr-defined]
     if what == "fence":
-        shard.engine.adopt(Fence(1, 2))
+        shard.seat.adopt(Fence(1, 2))
     else:
-        shard.engine.load(Fence(1, 2), None, "")
+        shard.seat.load(Fence(1, 2), None, "")
     thread.join(TIMEOUT_S)
     assert len(outcome) == 1
 
@@ -341,7 +341,7 @@ def test_of_a_step_that_is_over_nothing_is_foregone(shard: Rig) -> None:
     assert shard.engine.protocol.foregone is old
     push_chunk(shard, shard.chunks[0])
     eventually(lambda: shard.engine.protocol.chunks_reduced == 1, TIMEOUT_S, "the chunk to be reduced")
-    shard.engine._quiesce()
+    shard.engine.quiesce()
     assert updated(shard) == set()
     assert shard.engine.store.state_hash == before
     new = foregone_of(shard)
@@ -387,7 +387,7 @@ def test_a_chunk_that_overflows_is_not_updated(shard: Rig, value: float) -> None
         push_chunk(shard, chunk)
     report = shard.told.next_prepared()
     await_updated(shard, shard.chunks[0], *shard.chunks[2:])
-    shard.engine._quiesce()
+    shard.engine.quiesce()
     assert updated(shard) == {0, 2, 3}
     decision = shard.decision(report)
     assert decision.skip
@@ -413,7 +413,7 @@ def test_a_skip_is_carried_out_where_nothing_was_foregone(shard: Rig, stream: Ex
 
 def test_what_is_foregone_under_an_old_fence_is_refused(shard: Rig) -> None:
     old = foregone_of(shard)
-    shard.engine.adopt(Fence(1, 2))
+    shard.seat.adopt(Fence(1, 2))
     with pytest.raises(StaleFence):
         shard.engine.foresee(old)
     assert shard.engine.protocol.foregone is None
@@ -424,15 +424,15 @@ def test_a_new_fence_withdraws_what_is_foregone(shard: Rig) -> None:
     shard.engine.foresee(foregone_of(shard))
     push_chunk(shard, shard.chunks[0], contributions=1)
     host = ShardHost(0, 7, lambda _: None)
-    host.engine = shard.engine
+    host.seat = shard.seat
     fence = Fence(1, 2)
-    shard.engine.adopt(fence)
+    shard.seat.adopt(fence)
     assert not host._report(shard.engine).HasField("updated_by")
-    shard.engine.serve(fence, 1, 1, 1.0)
+    shard.seat.serve(fence, 1, 1, 1.0)
     shard.fence = fence
     shard.engine.push(*shard.push(1, shard.chunks[0]))
     eventually(lambda: shard.engine.protocol.chunks_reduced == 1, TIMEOUT_S, "the chunk to be reduced")
-    shard.engine._quiesce()
+    shard.engine.quiesce()
     assert updated(shard) == set()
     assert not host._report(shard.engine).HasField("updated_by")
     shard.engine.foresee(foregone_of(shard))
@@ -456,10 +456,10 @@ def test_an_update_that_was_about_to_begin_does_not_after_a_new_fence(
     shard.engine.foresee(foregone_of(shard))
     push_chunk(shard, shard.chunks[0])
     assert reached.wait(TIMEOUT_S)
-    shard.engine.adopt(Fence(1, 2))
+    shard.seat.adopt(Fence(1, 2))
     assert not shard.engine.protocol.is_ahead
     go.set()
-    shard.engine._quiesce()
+    shard.engine.quiesce()
     assert updated(shard) == set()
 
 
@@ -471,9 +471,9 @@ def test_the_open_step_goes_on_under_a_new_fence(shard: Rig) -> None:
         push_chunk(shard, chunk)
     await_updated(shard, *shard.chunks[:2])
     shard.fence = Fence(2, 2)
-    shard.engine.adopt(shard.fence)
+    shard.seat.adopt(shard.fence)
     assert shard.engine.protocol.is_ahead
-    shard.engine.serve(shard.fence, 1, 1, 1.0)
+    shard.seat.serve(shard.fence, 1, 1, 1.0)
     for chunk in shard.chunks:
         push_chunk(shard, chunk)
     report = shard.told.next_prepared()
@@ -489,11 +489,11 @@ def test_a_rollback_in_the_middle(shard: Rig, monkeypatch: pytest.MonkeyPatch) -
         push_chunk(shard, chunk)
     assert held.reached.wait(TIMEOUT_S)
     fence = Fence(1, 2)
-    in_threads(lambda: shard.engine.load(fence, None, ""), held.go)
+    in_threads(lambda: shard.seat.load(fence, None, ""), held.go)
     assert not shard.engine.protocol.is_ahead
     assert shard.engine.store.published == {}
     assert shard.engine.protocol._unpublished == set(range(CHUNKS)), "of the steps to come none is updated"
-    shard.engine.serve(fence, 0, 0, 1.0)
+    shard.seat.serve(fence, 0, 0, 1.0)
     shard.fence, shard.state = fence, type(shard.state).start(shard.config)
     for chunk in shard.chunks:
         shard.engine.initialize(*shard.initial(chunk))
@@ -515,7 +515,7 @@ def test_a_shard_whose_job_is_not_eager_does_not_get_ahead(tmp_path: Path) -> No
         shard.config = config
         shard.engine.foresee(foregone)
         shard.push_step()
-        shard.engine._quiesce()
+        shard.engine.quiesce()
         assert updated(shard) == set()
 
 
@@ -578,7 +578,7 @@ def assert_file_holds(shard: Rig, version: int, expected: dict[str, np.ndarray])
 
 def test_between_two_versions_nothing_is_saved_or_shown(shard: Rig) -> None:
     host = ShardHost(0, 7, lambda _: None)
-    host.engine = shard.engine
+    host.seat = shard.seat
     assert len(list(host.snapshot([0]))) == 3
     shard.engine.foresee(foregone_of(shard))
     push_chunk(shard, shard.chunks[0])
@@ -640,7 +640,7 @@ def test_a_snapshot_is_not_written_again_of_a_state_that_is_between(
     ahead(shard)
     gate.open()
     _, result = shard.told.snapshots.get(timeout=TIMEOUT_S)
-    eventually(lambda: all(s.join(0) for s in shard.engine._snapshots.pending), TIMEOUT_S, "the writer's end")
+    eventually(lambda: all(s.join(0) for s in shard.engine.snapshots.pending), TIMEOUT_S, "the writer's end")
     assert shard.told.snapshots.empty()
     if isinstance(result, ShardFile):
         # What it says it has written is not there: the coordinator asks for it in vain, and no manifest is made.

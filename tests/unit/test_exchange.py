@@ -171,10 +171,10 @@ def test_before_initial_values_and_while_loading(tmp_path: Path) -> None:
         chunk = shard.chunks[1]
         # No fence is known at all, then one is, but nothing is served.
         assert refusal(send(stream, *shard.push(0, chunk))) == "FENCE_NOT_KNOWN"
-        shard.engine.load(shard.fence, None, "")
+        shard.seat.load(shard.fence, None, "")
         for header, payload in (shard.push(0, chunk), shard.initial(chunk), (shard.pull(0), memoryview(b""))):
             assert refusal(send(stream, header, payload)) == "NOT_SERVING"
-        shard.engine.serve(shard.fence, 0, 0, shard.state.scaler.scale)
+        shard.seat.serve(shard.fence, 0, 0, shard.state.scaler.scale)
         assert refusal(send(stream, *shard.push(0, chunk))) == "NOT_SERVING"
         assert not shard.engine.has_state
         header, payload = shard.initial(chunk)
@@ -341,7 +341,7 @@ def test_after_a_skip_nothing_has_changed(shard: Rig, stream: Exchange) -> None:
 def test_a_new_fence_ends_a_pull(shard: Rig, stream: Exchange) -> None:
     reader = Reader(stream)
     stream.receive(encode_frame(shard.pull(2, 1)))
-    shard.engine.adopt(Fence(1, 2))
+    shard.seat.adopt(Fence(1, 2))
     assert refusal(reader.next()[0]) == "STALE_FENCE"
     reader.close()
 

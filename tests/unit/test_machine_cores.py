@@ -11,6 +11,7 @@ from protos.ps.v1 import shard_pb2
 from ps import machine
 from ps.coordinator.members import Members, MemberState
 from ps.shard import engine
+from ps.shard.seat import Seat
 from ps.shard.service import ShardHost
 from ps.shard.threads import MAX_THREADS, kernel_threads
 from ps.types import Role
@@ -80,9 +81,9 @@ def test_the_coordinator_tells_a_shard_who_shares_its_cores(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shards_here: int, threads: int
 ) -> None:
     monkeypatch.setattr(engine, "available_cores", lambda: 4)
-    engines: list[engine.ShardEngine] = []
+    seats: list[Seat] = []
     config = make_config(tmp_path, cluster={"shards": 1, "threads_per_shard": "auto"})
-    ShardHost(0, 7, engines.append).configure(
+    ShardHost(0, 7, seats.append).configure(
         shard_pb2.ConfigureRequest(
             action=shard_pb2.ConfigureRequest.INSPECT,
             fence=to_proto(FENCE),
@@ -95,7 +96,7 @@ def test_the_coordinator_tells_a_shard_who_shares_its_cores(
             shards_on_machine=shards_here,
         )
     )
-    (made,) = engines
-    made.close()
-    assert len(made.chunks) == 2
-    assert made.threads == threads
+    (made,) = seats
+    made.engine.close()
+    assert len(made.engine.chunks) == 2
+    assert made.engine.kernels.threads == threads

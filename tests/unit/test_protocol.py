@@ -330,10 +330,10 @@ def test_an_epoch_change_in_mid_step_loses_nothing(tmp_path: Path) -> None:
         header, payload = shard.push(0, shard.chunks[0])
         shard.engine.push(header, payload)
         shard.fence = Fence(2, 5)
-        shard.engine.adopt(shard.fence)
+        shard.seat.adopt(shard.fence)
         with pytest.raises(StaleFence):
             shard.engine.push(header, payload)
-        shard.engine.serve(shard.fence, 0, 0, shard.state.scaler.scale)
+        shard.seat.serve(shard.fence, 0, 0, shard.state.scaler.scale)
         assert shard.engine.protocol.held() == [(0, [0])]
         applied = shard.run_step()
         assert applied == Applied(Fence(2, 5), 0, 0, calm.run_step().state_hash)
@@ -345,7 +345,7 @@ def test_a_prepared_step_is_reported_again_under_a_new_fence(tmp_path: Path) -> 
         shard.engine.resend()
         assert shard.told.prepared.get(timeout=TIMEOUT_S) == report
         shard.fence = Fence(2, 2)
-        shard.engine.serve(shard.fence, 0, 0, shard.state.scaler.scale)
+        shard.seat.serve(shard.fence, 0, 0, shard.state.scaler.scale)
         again = shard.told.prepared.get(timeout=TIMEOUT_S)
         assert again == replace(report, fence=Fence(2, 2))
         shard.tell(shard.decision(again))
@@ -356,7 +356,7 @@ def test_an_acknowledgement_of_an_older_fence_is_not_told_again(tmp_path: Path) 
         applied = shard.run_step()
         shard.engine.resend()
         assert shard.told.applied.get(timeout=TIMEOUT_S) == applied
-        shard.engine.adopt(Fence(2, 2))
+        shard.seat.adopt(Fence(2, 2))
         shard.engine.resend()
         assert shard.told.applied.empty()
 
@@ -365,13 +365,13 @@ def test_loading_a_damaged_checkpoint_leaves_a_shard_that_can_load_another(tmp_p
     with rig(make_config(tmp_path)) as shard:
         shard.run_step()
         with pytest.raises(PsError):
-            shard.engine.load(Fence(1, 2), tmp_path / "nothing", "")
+            shard.seat.load(Fence(1, 2), tmp_path / "nothing", "")
         assert not shard.engine.has_state
         with pytest.raises(NotServing):
             shard.engine.push(*shard.push(0, shard.chunks[0], term=1, epoch=2))
         fence = Fence(1, 3)
-        shard.engine.load(fence, None, "")
-        shard.engine.serve(fence, 0, 0, 2.0**16)
+        shard.seat.load(fence, None, "")
+        shard.seat.serve(fence, 0, 0, 2.0**16)
         shard.fence, shard.state = fence, type(shard.state).start(shard.config)
         for chunk in shard.chunks:
             shard.engine.initialize(*shard.initial(chunk))

@@ -36,12 +36,12 @@ def test_what_is_loaded_counts_once_it_is_served(tmp_path: Path) -> None:
         sha256 = write_manifest(folder, manifest)
         decision = shard.decision(shard.push_step())
         fence = Fence(1, 2)
-        engine.load(fence, folder, sha256)
+        shard.seat.load(fence, folder, sha256)
         found = host._report(engine)
         assert (found.has_state, found.version) == (False, 1)
         with pytest.raises(DecisionRejected, match="0 of 2 chunks reduced"):
             engine.decide(replace(decision, fence=fence))
-        engine.serve(fence, 1, 1, manifest.scaler.scale)
+        shard.seat.serve(fence, 1, 1, manifest.scaler.scale)
         found = host._report(engine)
         assert (found.has_state, found.version) == (True, 1)
         shard.fence = fence

@@ -20,6 +20,7 @@ from ps.kernels.digest import hash_payload
 from ps.shard import metrics
 from ps.shard.engine import ShardEngine
 from ps.shard.records import Base, Decided, Reduced, Reopened, pack, unpack
+from ps.shard.seat import Seat
 from ps.storage.gradient_log import HEADER_BYTES, GradientLog, segment_path
 from ps.storage.layout import checkpoint_folder, prepare
 from ps.storage.manifest import ScalerState, read_manifest, write_manifest
@@ -63,13 +64,13 @@ def again(shard: Rig, lineage: int = 0) -> Iterator[Rig]:
     with rig(shard.config, shard.contributions, initialize=False) as other:
         other.state, other.fence = shard.state, Fence(shard.fence.term, shard.fence.epoch + 1)
         other.engine.lineage = lineage
-        other.engine.restore(other.fence)
+        other.seat.restore(other.fence)
         yield other
 
 
 def serve(shard: Rig) -> None:
     state = shard.state
-    shard.engine.serve(shard.fence, state.version, state.applied, state.scaler.scale)
+    shard.seat.serve(shard.fence, state.version, state.applied, state.scaler.scale)
 
 
 def bits(shard: Rig) -> list[np.ndarray]:
@@ -120,7 +121,7 @@ def test_what_was_reduced_of_the_open_step_is_held_again(tmp_path: Path) -> None
         for contribution in range(2):
             shard.engine.push(*shard.push(contribution, first))
         shard.engine.push(*shard.push(0, second))
-        shard.engine._quiesce()
+        shard.engine.quiesce()
         with again(shard) as other:
             protocol = other.engine.protocol
             assert protocol.held() == [(0, [first.index]), (1, [first.index])]
@@ -148,7 +149,7 @@ def test_a_death_around_the_decision(tmp_path: Path, heard: bool) -> None:
         report = shard.push_step()
         decision = shard.decision(report)
         if heard:
-            shard.engine.journal.note(Decided(decision, shard.engine.state_hash))
+            shard.engine.journal.note(Decided(decision, shard.engine.store.version_hash))
         with again(shard) as other:
             protocol = other.engine.protocol
             assert (protocol.step, protocol.all_reduced) == ((2, False) if heard else (1, True))
@@ -167,7 +168,7 @@ def test_wherever_it_is_torn_it_leads_to_a_state_that_was(tmp_path: Path) -> Non
     """Killed in the middle of a write: the version that the whole records lead to, and what they hold of the next."""
     with rig(journaled(tmp_path)) as shard:
         save(shard)
-        hashes = [shard.engine.state_hash, *(shard.run_step().state_hash for _ in range(3))]
+        hashes = [shard.engine.store.version_hash, *(shard.run_step().state_hash for _ in range(3))]
         shard.close()
         path = segment_path(shard.config.journal_dir(0), 0)
         content = path.read_bytes()
@@ -181,7 +182,7 @@ def test_wherever_it_is_torn_it_leads_to_a_state_that_was(tmp_path: Path) -> Non
             path.write_bytes(content[:cut])
             with again(shard) as other:
                 protocol = other.engine.protocol
-                assert other.engine.state_hash == other.engine.store.state_hash == hashes[protocol.step]
+                assert other.engine.store.version_hash == other.engine.store.state_hash == hashes[protocol.step]
                 found.append((protocol.step, protocol.chunks_reduced))
         # Two chunks and a decision in each step; every second record is torn.
         assert found == [(0, 1), (0, 1), (1, 0), (1, 0), (1, 2), (1, 2), (2, 1), (2, 1), (3, 0)]
@@ -298,11 +299,11 @@ def test_another_loss_scale_begins_the_step_again(tmp_path: Path) -> None:
         save(shard)
         for contribution in range(2):
             shard.engine.push(*shard.push(contribution, shard.chunks[0]))
-        shard.engine._quiesce()
-        shard.engine.serve(shard.fence, 0, 0, 8.0)
+        shard.engine.quiesce()
+        shard.seat.serve(shard.fence, 0, 0, 8.0)
         for contribution in range(2):
             shard.engine.push(*shard.push(contribution, shard.chunks[1], loss_scale=8.0))
-        shard.engine._quiesce()
+        shard.engine.quiesce()
         kinds = [type(record) for record in contents_after_close(shard)]
         assert kinds == [Base, Reduced, Reopened, Reduced]
         with again(shard) as other:
@@ -319,8 +320,8 @@ def assert_not_used(shard: Rig, caplog: pytest.LogCaptureFixture, why: str, line
         engine = other.engine
         assert not engine.has_state
         assert why in caplog.text
-        engine.load(other.fence, None, "")
-        engine.serve(other.fence, 0, 0, other.config.precision.loss_scale.initial_power)
+        other.seat.load(other.fence, None, "")
+        other.seat.serve(other.fence, 0, 0, other.config.precision.loss_scale.initial_power)
         assert engine.protocol.awaiting_initial_values
 
 
@@ -356,7 +357,7 @@ def test_a_journal_of_another_run(shard: Rig, caplog: pytest.LogCaptureFixture) 
     engine = ShardEngine(shard.config, "run-2", TABLE, 0, 2)
     try:
         with caplog.at_level(logging.WARNING):
-            engine.restore(Fence(1, 2))
+            Seat(engine).restore(Fence(1, 2))
         assert not engine.has_state
         assert f"it is of shard 0 of run {RUN}" in caplog.text
     finally:
@@ -379,7 +380,7 @@ def test_a_checkpoint_with_other_bits(shard: Rig, caplog: pytest.LogCaptureFixtu
 
 def test_a_journal_that_is_held_by_another_process(shard: Rig, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR), rig(shard.config, initialize=False) as other:
-        other.engine.restore(Fence(1, 2))
+        other.seat.restore(Fence(1, 2))
         assert not other.engine.has_state
         assert "is held by another process" in caplog.text
 
@@ -390,10 +391,10 @@ def test_what_was_loaded_begins_a_journal_of_its_own(shard: Rig) -> None:
     manifest, sha256 = read_manifest(checkpoint)
     fence = shard.fence = Fence(1, 2)
     engine = shard.engine
-    engine.load(fence, checkpoint, sha256)
+    shard.seat.load(fence, checkpoint, sha256)
     assert len(list(shard.config.journal_dir(0).glob("from-*"))) == 1
     engine.lineage = 2
-    engine.serve(fence, 0, 0, manifest.scaler.scale)
+    shard.seat.serve(fence, 0, 0, manifest.scaler.scale)
     (base,) = contents_after_close(shard)
     assert (base.lineage, base.version) == (2, 0)
 

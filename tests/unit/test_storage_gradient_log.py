@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -145,4 +145,22 @@ def test_nothing_is_written_before_a_beginning(tmp_path: Path) -> None:
     assert read(log) == []
     with pytest.raises(StorageError, match="is closed"):
         log.append(b"head")
+    log.close()
+
+
+class Vanishing(dict[int, int]):
+    """Files that are removed while somebody looks at which there are."""
+
+    def __iter__(self) -> Iterator[int]:
+        found = list(super().__iter__())
+        self.clear()
+        return iter(found)
+
+
+def test_its_size_can_be_asked_for_while_files_are_removed(tmp_path: Path) -> None:
+    write(tmp_path, (0, FIRST))
+    log = opened(tmp_path)
+    size = log.newest_size
+    log._sizes = Vanishing(log._sizes)
+    assert log.newest_size == size > 0
     log.close()
