@@ -303,7 +303,7 @@ class ShardEngine:
             self.follower.advanced()
         self.store.close_step()
         if decision.snapshot and self.follower is None:
-            self.snapshot(decision.version, decision.fence)
+            self._begin_snapshot(decision.version, decision.fence)
         self._tell_applied(decision, self.store.version_hash)
 
     def went_on(self, decision: Decision) -> None:
@@ -335,35 +335,42 @@ class ShardEngine:
 
     # -- Snapshots ------------------------------------------------------------------------------
 
-    def snapshot(self, version: int, fence: Fence | None = None) -> None:
+    def snapshot(self, version: int, fence: Fence) -> None:
         """Begin to write the present state; the result goes to the outbox. Lock held or not.
 
         Args:
-            fence: under which it was asked for, which the result names: one that was asked for before a new
-                coordinator emptied the folder is not there any more. None: the present one.
+            fence: under which it is asked for.
 
         Raises:
             StaleFence: the fence is older than the present one.
             NotServing: the present state is not that version.
         """
         with self.lock:
-            fence = fence or self.protocol.fence
             if fence < self.protocol.fence:
                 raise StaleFence(f"a checkpoint under {fence}, where this shard is at {self.protocol.fence}")
             if not self._holds(version):
                 raise NotServing(f"shard {self.shard} is at version {self.protocol.step}, not {version}")
-            if self.snapshots.knows(version, fence):
-                return
-            target = SnapshotTarget(
-                checkpoint_folder(self.config.checkpoint_dir, version),
-                version,
-                self.shard,
-                self.plan.num_shards,
-                {"format": "windlass", "run": self.run, "version": str(version)},
-                fence,
-            )
-            self.journal.begin(self.base())
-            self.snapshots.begin(target)
+            self._begin_snapshot(version, fence)
+
+    def _begin_snapshot(self, version: int, fence: Fence) -> None:
+        """Write the present state, or say that it is written; called with the lock held.
+
+        Args:
+            fence: which the result names: what was asked for before a new coordinator emptied the folder is not there
+                any more. That of a decision may be older than the present one, which came while it was carried out.
+        """
+        if self.snapshots.knows(version, fence):
+            return
+        target = SnapshotTarget(
+            checkpoint_folder(self.config.checkpoint_dir, version),
+            version,
+            self.shard,
+            self.plan.num_shards,
+            {"format": "windlass", "run": self.run, "version": str(version)},
+            fence,
+        )
+        self.journal.begin(self.base())
+        self.snapshots.begin(target)
 
     def _holds(self, version: int) -> bool:
         """Whether the state is that of a version, and of no other."""

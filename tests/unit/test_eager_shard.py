@@ -34,7 +34,7 @@ from tests.support.eager import (
 )
 from tests.support.eventually import eventually
 from tests.support.plans import table_of_chunks
-from tests.support.shards import TIMEOUT_S, Rig, drain, encode_frame, in_threads, make_config, rig
+from tests.support.shards import FENCE, TIMEOUT_S, Rig, drain, encode_frame, in_threads, make_config, rig
 
 CHUNKS = 4
 TABLE = table_of_chunks(CHUNKS)
@@ -584,7 +584,7 @@ def test_between_two_versions_nothing_is_saved_or_shown(shard: Rig) -> None:
     push_chunk(shard, shard.chunks[0])
     await_updated(shard, shard.chunks[0])
     with pytest.raises(NotServing):
-        shard.engine.snapshot(1)
+        shard.engine.snapshot(1, FENCE)
     with pytest.raises(NotServing):
         list(host.snapshot([]))
 
@@ -614,7 +614,7 @@ def test_a_snapshot_that_is_asked_for_as_a_chunk_is_about_to_be_updated(
             reads.append(len(seen))
             if len(reads) == 2:
                 # The first look was for too many, this one for those to protect the chunk from.
-                shard.engine.snapshot(1)
+                shard.engine.snapshot(1, FENCE)
         return seen
 
     monkeypatch.setattr(
@@ -636,7 +636,7 @@ def test_a_snapshot_is_not_written_again_of_a_state_that_is_between(
     make_folder(shard, 2)
     shard.run_step(snapshot=True)
     make_folder(shard, 2)
-    shard.engine.snapshot(2)
+    shard.engine.snapshot(2, FENCE)
     ahead(shard)
     gate.open()
     _, result = shard.told.snapshots.get(timeout=TIMEOUT_S)

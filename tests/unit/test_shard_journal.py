@@ -41,7 +41,7 @@ def save(shard: Rig) -> None:
     version = shard.state.version
     shard.config.checkpoint_dir.mkdir(parents=True, exist_ok=True)
     folder = prepare(shard.config.checkpoint_dir, version)
-    shard.engine.snapshot(version)
+    shard.engine.snapshot(version, shard.engine.protocol.fence)
     complete(shard, folder, shard.state)
 
 

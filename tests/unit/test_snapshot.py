@@ -210,14 +210,14 @@ def test_asked_again_a_snapshot_is_told_again(tmp_path: Path) -> None:
         shard.run_step(snapshot=True)
         _, file = written(shard)
         before = (folder_of(shard, 1) / file.name).stat()
-        shard.engine.snapshot(1)
+        shard.engine.snapshot(1, FENCE)
         assert written(shard) == (1, file)
         assert (folder_of(shard, 1) / file.name).stat() == before
         shard.engine.resend_all()
         assert written(shard) == (1, file)
         for version in (0, 2):
             with pytest.raises(NotServing):
-                shard.engine.snapshot(version)
+                shard.engine.snapshot(version, FENCE)
 
 
 def test_what_an_older_fence_asks_for_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_a_snapshot_whose_file_is_gone_is_written_again(tmp_path: Path) -> None:
         shard.run_step(snapshot=True)
         _, file = written(shard)
         make_folder(shard, 1)
-        shard.engine.snapshot(1)
+        shard.engine.snapshot(1, FENCE)
         assert written(shard) == (1, file)
         assert_holds(folder_of(shard, 1) / file.name, state_of(shard))
 
@@ -253,7 +253,7 @@ def test_a_snapshot_on_its_way_whose_folder_is_emptied_is_written_again(
         shard.run_step(snapshot=True)
         assert gate.reached.wait(TIMEOUT_S)
         make_folder(shard, 1)
-        shard.engine.snapshot(1)
+        shard.engine.snapshot(1, FENCE)
         gate.open()
         _, file = written(shard)
         assert_holds(folder_of(shard, 1) / file.name, state_of(shard))
@@ -299,5 +299,29 @@ def test_a_failed_snapshot_is_told_again_and_tried_again(tmp_path: Path) -> None
         shard.engine.resend_all()
         assert failed(shard) is error
         make_folder(shard, 1)
-        shard.engine.snapshot(1)
+        shard.engine.snapshot(1, FENCE)
         assert written(shard)[0] == 1
+
+
+def test_a_new_fence_while_a_decision_with_a_snapshot_is_carried_out_ends_no_shard(tmp_path: Path) -> None:
+    """Another process has died: the cluster is made to serve anew between two chunks of an update."""
+    with rig(make_config(tmp_path, threads=1)) as shard:
+        make_folder(shard, 1)
+        store, apply = shard.engine.store, shard.engine.store.apply
+        applying, go_on = threading.Event(), threading.Event()
+
+        def slowly(*arguments: Any) -> Any:
+            applying.set()
+            assert go_on.wait(TIMEOUT_S)
+            return apply(*arguments)
+
+        store.apply = slowly  # type: ignore[method-assign]
+        shard.engine.decide(shard.decision(shard.push_step(), snapshot=True))
+        assert applying.wait(TIMEOUT_S)
+        shard.seat.adopt(Fence(FENCE.term, FENCE.epoch + 1))
+        go_on.set()
+        target, result = shard.told.snapshots.get(timeout=TIMEOUT_S)
+        assert isinstance(result, ShardFile), result
+        # Whoever emptied the folder since then is not told that this file is there.
+        assert target.fence == FENCE
+        assert shard.told.failures == []
