@@ -120,6 +120,21 @@ class Cluster:
             seat.process = seat.worker = None
             self.start_soon(seat)
 
+    def change_job(self, standbys: int, durability: str, eager: bool) -> None:
+        """Whoever starts from now on is told another job."""
+        config = self.config
+        self.config = config.model_copy(
+            update={
+                "cluster": config.cluster.model_copy(update={"standbys": standbys}),
+                "durability": durability,
+                "training": config.training.model_copy(update={"eager": eager}),
+            }
+        )
+        self._job = self.config.model_dump_json()
+        for seat in self.of(Role.STANDBY):
+            seat.given_up = not standbys
+            self.start_soon(seat)
+
     def add_worker(self) -> None:
         """One more worker joins."""
         seat = Seat(Role.WORKER, len(self.of(Role.WORKER)))

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ps.storage import layout
 from ps.types import Role
 from tests.simulation.cluster import Cluster, Seat, gradient_logs, journal_folder
 
@@ -114,6 +115,18 @@ def _part(cluster: Cluster, rng: random.Random) -> str:
     return f"{one} and {other} are {'cut off' if cut else 'apart'} for {seconds:.3f} s"
 
 
+def _cut_off(cluster: Cluster, rng: random.Random) -> str:
+    """A host hears of nobody, for about as long as a broken connection may be broken."""
+    seat = _one(cluster, rng, *Role)
+    if seat is None or seat.process is None:
+        return ""
+    seconds = rng.choice((0.25, 0.25, 3.0)) * rng.random()
+    for other in cluster.seats:
+        if other is not seat and other.process is not None:
+            cluster.network.part(seat.process, other.process, seconds, True)
+    return f"{seat.name} is cut off from all for {seconds:.3f} s"
+
+
 def _break(cluster: Cluster, rng: random.Random) -> str:
     seat = _one(cluster, rng, *Role)
     if seat is None or seat.process is None:
@@ -132,6 +145,31 @@ def _full_disk(cluster: Cluster, rng: random.Random) -> str:
     cluster.watch.disk_failed = True
     cluster.disk.full_until = cluster.scheduler.now + rng.random() * 0.5
     return "the disk is full"
+
+
+def _damage(cluster: Cluster, rng: random.Random) -> str:
+    """A bit of the newest checkpoint flips, where there is an older one that is whole."""
+    found = [folder for folder in layout.checkpoints(cluster.config.checkpoint_dir) if folder in cluster.watch.complete]
+    if len(found) < 2:
+        return ""
+    file = rng.choice(sorted(found[-1].glob("*.safetensors")))
+    data = bytearray(file.read_bytes())
+    data[-1 - rng.randrange(1000)] ^= 1 << rng.randrange(8)
+    file.write_bytes(data)
+    cluster.watch.damaged(found[-1])
+    return f"{found[-1].name}/{file.name} is damaged"
+
+
+def _resume_otherwise(cluster: Cluster, rng: random.Random) -> str:
+    """Everything dies, and is started again with another durability, with or without standbys, eager or not."""
+    cluster.watch.disk_failed = True
+    for seat in cluster.seats:
+        cluster.kill(seat)
+        cluster.end_stale(seat)
+    standbys = rng.choice((0, 1)) if cluster.of(Role.STANDBY) else 0
+    durability, eager = rng.choice(("checkpoint", "journal")), rng.random() < 0.5
+    cluster.change_job(standbys, durability, eager)
+    return f"SIGKILL everything; it goes on with {standbys=}, {durability=}, {eager=}"
 
 
 def _leave(cluster: Cluster, rng: random.Random) -> str:
@@ -159,9 +197,12 @@ _KINDS: tuple[tuple[str, float, Strike], ...] = (
     ("pause and kill", 3.0, _pause_and_kill),
     ("replace", 1.5, _replace),
     ("part", 4.0, _part),
+    ("cut off", 1.5, _cut_off),
     ("break", 4.0, _break),
     ("slow disk", 1.0, _slow_disk),
     ("full disk", 0.7, _full_disk),
+    ("damage", 0.7, _damage),
+    ("resume otherwise", 0.7, _resume_otherwise),
     ("leave", 1.0, _leave),
     ("join", 1.0, _join),
 )

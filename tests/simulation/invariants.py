@@ -65,6 +65,8 @@ class Watch:
         #: A disk was full, torn, or held by a process that another one has replaced.
         self.disk_failed = False
         self.overflowed = False
+        #: Checkpoints that the journal calls complete, and nobody has damaged.
+        self.complete: set[Path] = set()
         #: Steps that metrics.jsonl may lack, and those that the journal confirmed at the coordinator's last start.
         self.unrecorded: set[int] = set()
         self._recorded: set[int] = set()
@@ -118,6 +120,11 @@ class Watch:
                 stack.enter_context(_around(owner, name, looking))
             yield
 
+    def damaged(self, checkpoint: Path) -> None:
+        """A disk has changed a checkpoint that was complete."""
+        self.complete.discard(checkpoint)
+        self.disk_failed = True
+
     def look(self) -> None:
         """Look at every shard; called after each message."""
         for engine in self._engines:
@@ -141,7 +148,6 @@ class Watch:
         elif kind == "epoch":
             last = max(self._epochs, default=0)
             self.expect(record["epoch"] > last, lambda: f"epoch {record['epoch']} comes after epoch {last}")
-            self._epochs.append(record["epoch"])
         elif kind == "rollback":
             lasting = self._config.durability == "journal" and not self._config.cluster.standbys
             kept = self.disk_failed or self.overflowed or record["version"] >= self._next_step
@@ -158,6 +164,9 @@ class Watch:
             self._see_checkpoint(checkpoint_folder(self._config.checkpoint_dir, record["version"]), record["version"])
         self._note(f"journal: {_short(record)}")
         call(journal, record, sync)
+        if kind == "epoch":
+            # Only now: one that is not on disk when power fails is used by nobody.
+            self._epochs.append(record["epoch"])
 
     def _see_decision(self, decision: Decision, adopted: bool) -> None:
         step = decision.step
@@ -208,6 +217,7 @@ class Watch:
 
     def _see_checkpoint(self, folder: Path, version: int) -> None:
         plan = self._truth.plan
+        self.complete.add(folder)
         try:
             manifest, _ = read_manifest(folder)
             with CheckpointReader(folder, manifest) as reader:

@@ -13,13 +13,15 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 from ps.coordinator import app as coordinator_app
 from ps.coordinator import effects
+from ps.kernels import reduce as kernels
 from ps.shard import app as shard_app
+from ps.shard.store import Store
 from ps.sharding import plan
 from ps.wire import options
 from tests.simulation import sequential, threads
@@ -84,13 +86,31 @@ def small_chunks() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def simulated(network: Network, disk: Disk, rng: random.Random) -> Iterator[None]:
-    """Run Windlass on simulated threads, a simulated clock, network and disk."""
+def simulated(network: Network, disk: Disk, rng: random.Random, kernel_s: float) -> Iterator[None]:
+    """Run Windlass on simulated threads, a simulated clock, network and disk.
+
+    Args:
+        kernel_s: what a kernel of a shard takes at most, in seconds.
+    """
     mine: list[tuple[Any, str, Any]] = [(module, "os", disk) for module in _storing()]
     mine.append((options, "grpc", network.module()))
     mine.append((shard_app, "random", SimpleNamespace(SystemRandom=lambda: rng)))
+    if kernel_s:
+        mine += [
+            (owner, name, _slow(owner, name, rng, kernel_s)) for owner, name in ((Store, "apply"), (kernels, "reduce"))
+        ]
     with _replaced([*_of_every_simulation(), *mine]):
         yield
+
+
+def _slow(owner: Any, name: str, rng: random.Random, most_s: float) -> Callable[..., Any]:
+    real = getattr(owner, name)
+
+    def kernel(*arguments: Any) -> Any:
+        threads.time.sleep(rng.choice((0.0, 0.01, 1.0)) * rng.random() * most_s)
+        return real(*arguments)
+
+    return kernel
 
 
 @contextlib.contextmanager

@@ -36,6 +36,8 @@ MESSAGES = 1_300
 FAULTS = (5, 10)
 #: The part of the seeds with durability=journal.
 WITH_JOURNAL = 0.35
+#: What a kernel of a shard takes at most, in seconds, in each so many of the seeds.
+KERNELS_S = (0.0, 0.0, 0.0, 0.0, 0.003, 0.3)
 
 #: What is trained, by name: with decisions or eager, and in each format of the wire.
 KINDS: dict[str, dict[str, Any]] = {
@@ -133,6 +135,7 @@ def simulate(
     few, many = FAULTS if not rough else (4 * FAULTS[0], 4 * FAULTS[1])
     weather, planned = weather_of(drawn, rough), faults.draw(drawn, MESSAGES, few, many)
     durability = "journal" if drawn.random() < WITH_JOURNAL else "checkpoint"
+    kernel_s = drawn.choice(KERNELS_S)
     if calm or only is not None:
         weather, planned = Weather(), only or []
     folder = Path(tempfile.mkdtemp(prefix="simulation-", dir=_fast_folder()))
@@ -141,7 +144,7 @@ def simulate(
     gc.disable()
     try:
         outcome = Outcome(seed, kind or drawn_kind, rough, standbys=standbys, durability=durability)
-        return _Simulation(outcome, folder, weather, planned, trace, messages).run()
+        return _Simulation(outcome, folder, weather, planned, kernel_s, trace, messages).run()
     finally:
         shutil.rmtree(folder)
         gc.enable()
@@ -156,12 +159,20 @@ def _fast_folder() -> str | None:
 
 class _Simulation:
     def __init__(
-        self, outcome: Outcome, folder: Path, weather: Weather, planned: list[Fault], trace: bool, messages: bool
+        self,
+        outcome: Outcome,
+        folder: Path,
+        weather: Weather,
+        planned: list[Fault],
+        kernel_s: float,
+        trace: bool,
+        messages: bool,
     ) -> None:
         self._outcome = outcome
         seed, kind = outcome.seed, outcome.kind
         self._tracing = trace
         self._planned = list(planned)
+        self._kernel_s = kernel_s
         self._rng = random.Random(f"{seed}-faults")
         self._config = config_of(kind, folder / "run", outcome.standbys, outcome.durability)
         self._truth = truth_of(kind)
@@ -175,7 +186,8 @@ class _Simulation:
     def run(self) -> Outcome:
         rng = random.Random(f"{self._outcome.seed}-processes")
         scheduler.activate(self._scheduler)
-        with patches.simulated(self._network, self._disk, rng), self._watch.on(), self._logging():
+        simulated = patches.simulated(self._network, self._disk, rng, self._kernel_s)
+        with simulated, self._watch.on(), self._logging():
             cluster = self._cluster = Cluster(
                 self._scheduler, self._network, self._disk, rng, self._config, self._truth, self._watch, self._note
             )
