@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -10,6 +11,8 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -74,9 +77,11 @@ class CoordinatorApp:
         self._waited = (0.0, -1)
         self._server = make_server(MAX_SESSIONS)
         port = bind(self._server, listen, security)
-        self._journal = Journal.open(config.run_dir / "journal")
+        with _without_collector():
+            self._journal = Journal.open(config.run_dir / "journal")
         try:
-            history = self._open_history()
+            with _without_collector():
+                history = self._open_history()
             job_json = _with_contributions(job_json, config.contributions, history.contributions)
             candidates, rejected = _candidates(config.checkpoint_dir)
             term = self._journal.begin_term()
@@ -130,10 +135,11 @@ class CoordinatorApp:
 
     def _open_history(self) -> History:
         """The run's name and C are drawn once, and journaled."""
-        first = next((r for r in self._journal.records if r["type"] == "run"), None)
+        records = self._journal.take_records()
+        first = next((r for r in records if r["type"] == "run"), None)
         if first is not None:
-            return History(first["run"], first["contributions"], self._journal.records)
-        return History("", self._config.contributions, self._journal.records)
+            return History(first["run"], first["contributions"], records)
+        return History("", self._config.contributions, records)
 
     def _name_run(self, history: History) -> None:
         if not history.run:
@@ -234,6 +240,18 @@ class CoordinatorApp:
 
     def _failed(self, error: BaseException) -> None:
         self._end(False, error.message if isinstance(error, PsError) else f"the coordinator failed: {error}")
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Of the hundreds of thousands of records of a journal none is garbage: looking for it takes as long as reading."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _with_contributions(job_json: str, asked: int, journaled: int) -> str:

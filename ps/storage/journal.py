@@ -59,8 +59,7 @@ class Journal:
     def __init__(self, folder: Path, lock_fd: int, records: list[Record], terms: int) -> None:
         """Use `Journal.open`."""
         self.folder = folder
-        #: The records of all terms, in order, as they were when the journal was opened.
-        self.records = records
+        self._records = records
         self.term = 0
         self._terms = terms
         self._sequence = len(records)
@@ -96,6 +95,11 @@ class Journal:
             os.close(lock_fd)
             raise
         return cls(folder, lock_fd, records, terms)
+
+    def take_records(self) -> list[Record]:
+        """The records of all terms, in order, as they were when the journal was opened; once, then they are let go."""
+        records, self._records = self._records, []
+        return records
 
     def begin_term(self) -> int:
         """Take the next term; it is on disk, and can never be taken again, when this returns.

@@ -29,7 +29,7 @@ def write(folder: Path, *terms: int) -> list[dict[str, object]]:
     records: list[dict[str, object]] = []
     for count in terms:
         with Journal.open(folder) as journal:
-            assert journal.records == records
+            assert journal.take_records() == records
             records.append({"type": "term", "term": journal.begin_term()})
             for step in range(count):
                 journal.append(decision(step))
@@ -40,7 +40,7 @@ def write(folder: Path, *terms: int) -> list[dict[str, object]]:
 def test_records_come_back_in_order_over_terms(tmp_path: Path) -> None:
     records = write(tmp_path / "journal", 3, 0, 2)
     with Journal.open(tmp_path / "journal") as journal:
-        assert journal.records == records
+        assert journal.take_records() == records
         assert journal.begin_term() == 4
         assert journal.term == 4
     assert names_in(tmp_path / "journal") == [
@@ -53,7 +53,7 @@ def test_two_terms_of_one_opening(tmp_path: Path) -> None:
         assert [journal.begin_term(), journal.begin_term()] == [1, 2]
         journal.append(decision(0))
     with Journal.open(tmp_path) as journal:
-        assert [record["type"] for record in journal.records] == ["term", "term", "decision"]
+        assert [record["type"] for record in journal.take_records()] == ["term", "term", "decision"]
 
 
 def test_a_second_opener_is_told_who_holds_it(tmp_path: Path) -> None:
@@ -143,13 +143,13 @@ def test_a_torn_tail_is_cut_and_logged(tmp_path: Path, caplog: pytest.LogCapture
     whole = path.read_bytes()
     path.write_bytes(whole + torn)
     with caplog.at_level(logging.WARNING), Journal.open(tmp_path) as journal:
-        assert journal.records == records
+        assert journal.take_records() == records
     assert path.read_bytes() == whole
     assert f"{path}" in caplog.text
     assert f"{len(torn)} bytes cut" in caplog.text
     caplog.clear()
     with Journal.open(tmp_path) as journal:
-        assert journal.records == records
+        assert journal.take_records() == records
     assert caplog.text == ""
 
 
@@ -213,7 +213,7 @@ def test_a_full_disk_fails_once_and_for_all(tmp_path: Path) -> None:
             call()
     journal.close()
     with Journal.open(tmp_path) as reopened:
-        assert reopened.records[1:] == [decision(0)]
+        assert reopened.take_records()[1:] == [decision(0)]
 
 
 def test_a_failed_background_fsync_is_never_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +259,7 @@ def test_a_full_disk_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             journal.append(decision(0))
         journal.append(decision(1))
     with Journal.open(tmp_path) as journal:
-        assert journal.records[1:] == [decision(0), decision(1)]
+        assert journal.take_records()[1:] == [decision(0), decision(1)]
 
 
 def test_a_disk_that_stays_full_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +272,7 @@ def test_a_disk_that_stays_full_is_an_error_and_leaves_nothing(tmp_path: Path, m
             journal.append(decision(0))
     journal.close()
     with Journal.open(tmp_path) as journal:
-        assert len(journal.records) == 1
+        assert len(journal.take_records()) == 1
 
 
 def test_begin_term_on_a_full_disk_takes_no_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +286,7 @@ def test_begin_term_on_a_full_disk_takes_no_term(tmp_path: Path, monkeypatch: py
             journal.begin_term()
     journal.close()
     with Journal.open(tmp_path) as reopened:
-        assert reopened.records == []
+        assert reopened.take_records() == []
         assert reopened.begin_term() == 1
 
 
@@ -298,7 +298,7 @@ def test_what_is_no_record_leaves_the_journal_usable(tmp_path: Path, record: dic
             journal.append(record)
         journal.append(decision(0))
     with Journal.open(tmp_path) as journal:
-        assert journal.records[1:] == [decision(0)]
+        assert journal.take_records()[1:] == [decision(0)]
 
 
 def test_nothing_is_appended_outside_of_a_term(tmp_path: Path) -> None:
@@ -325,8 +325,9 @@ def test_appends_of_many_threads_are_all_kept(tmp_path: Path) -> None:
         for thread in threads:
             thread.join()
     with Journal.open(tmp_path) as journal:
+        records = journal.take_records()[1:]
         for worker in range(4):
-            steps = [record["step"] for record in journal.records[1:] if record["worker"] == worker]
+            steps = [record["step"] for record in records if record["worker"] == worker]
             assert steps == list(range(50))
 
 
