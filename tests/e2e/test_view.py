@@ -68,7 +68,8 @@ def test_train_on_a_terminal_draws_the_cluster_in_place(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedRun]:
     folder = tmp_path_factory.mktemp("status")
-    job = tiny_job(folder, "run", f"training.steps={STEPS}")
+    # No step begins before both workers are there.
+    job = tiny_job(folder, "run", f"training.steps={STEPS}", "membership.min_workers=2")
     with launched("train", folder / "run", job) as under_way:
         under_way.wait_for_step(25)
         yield under_way
