@@ -13,6 +13,9 @@ from tests.simulation.cluster import Cluster, Seat, gradient_logs, journal_folde
 #: The first messages of a run, until it has a checkpoint: there it has the least to go back to.
 START = 120
 
+#: So many of the faults come in the company of another one: a recovery that is interrupted is another recovery.
+TOGETHER = 0.3
+
 Strike = Callable[[Cluster, random.Random], str]
 
 
@@ -208,6 +211,11 @@ _KINDS: tuple[tuple[str, float, Strike], ...] = (
 )
 
 
+def deaths(rng: random.Random, messages: int, count: int, *roles: Role) -> list[Fault]:
+    """So many processes of these roles die, one soon after the other."""
+    return [Fault(place, "kill", _kill(*roles)) for place in sorted(rng.sample(range(1, messages), count))]
+
+
 def draw(rng: random.Random, messages: int, least: int = 5, most: int = 10) -> list[Fault]:
     """Draw the faults of a run, in order.
 
@@ -217,5 +225,11 @@ def draw(rng: random.Random, messages: int, least: int = 5, most: int = 10) -> l
     """
     count = rng.randint(least, most)
     kinds = rng.choices(_KINDS, [weight for _, weight, _ in _KINDS], k=count)
-    places = sorted(rng.randrange(1, START if rng.random() < 0.2 else messages) for _ in range(count))
+    places: list[int] = []
+    for _ in range(count):
+        if places and rng.random() < TOGETHER:
+            places.append(rng.choice(places) + rng.randrange(1, 12))
+        else:
+            places.append(rng.randrange(1, START if rng.random() < 0.2 else messages))
+    places.sort()
     return [Fault(place, kind, strike) for place, (kind, _, strike) in zip(places, kinds, strict=True)]

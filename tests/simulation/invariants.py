@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from ps.config import RunConfig
+from ps.coordinator.decision import TrainingState
 from ps.coordinator.history import History
 from ps.coordinator.serving import Serving
 from ps.coordinator.snapshots import Snapshots
@@ -111,6 +112,7 @@ class Watch:
                 (StepProtocol, "prepared", self._on_prepared),
                 (Steps, "prepared", self._on_report),
                 (Steps, "applied", self._on_report),
+                (Snapshots, "begin", self._on_begin),
                 (Snapshots, "written", self._on_written),
                 (Steps, "note_applied", self._on_note_applied),
                 (Serving, "configured", self._on_configured),
@@ -161,7 +163,9 @@ class Watch:
         elif kind == "standby":
             self._in_sync[record["shard"]] = record["life"]
         elif kind == "checkpoint":
-            self._see_checkpoint(checkpoint_folder(self._config.checkpoint_dir, record["version"]), record["version"])
+            folder = checkpoint_folder(self._config.checkpoint_dir, record["version"])
+            self._see_checkpoint(folder, record["version"])
+            self.complete.add(folder)
         self._note(f"journal: {_short(record)}")
         call(journal, record, sync)
         if kind == "epoch":
@@ -207,6 +211,10 @@ class Watch:
         self.fail(f"standby {shard} is dismissed: {reason}")
         call(standbys, shard, reason)
 
+    def _on_begin(self, call: Callable[..., None], snapshots: Snapshots, state: TrainingState, fence: Fence) -> None:
+        self.complete.discard(checkpoint_folder(self._config.checkpoint_dir, state.version))
+        call(snapshots, state, fence)
+
     def _on_written(self, call: Callable[..., Any], snapshots: Snapshots, *arguments: Any) -> Any:
         complete = call(snapshots, *arguments)
         if complete is not None:
@@ -217,7 +225,6 @@ class Watch:
 
     def _see_checkpoint(self, folder: Path, version: int) -> None:
         plan = self._truth.plan
-        self.complete.add(folder)
         try:
             manifest, _ = read_manifest(folder)
             with CheckpointReader(folder, manifest) as reader:

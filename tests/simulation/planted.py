@@ -294,6 +294,8 @@ ALONE: tuple[Plant, ...] = (
     snapshot_while_it_changes,
     report_before_it_is_written,
 )
+#: Those that show when shards die, one soon after the other.
+OF_DEATHS: tuple[Plant, ...] = (skip_the_fence_of_answers, report_before_it_is_written)
 #: Of shards that have standbys.
 OF_STANDBYS: tuple[Plant, ...] = (
     commit_before_the_standbys_acknowledgement,

@@ -123,10 +123,10 @@ def simulate(
 
     Args:
         kind: of `KINDS`; None: drawn.
-        calm: nothing goes wrong.
+        calm: nothing goes wrong, but for `only`.
         standbys: processes of a shard besides the one that serves.
         rough: four times as many faults, in bad weather: for bugs that need several.
-        only: nothing but this goes wrong.
+        only: these faults, in their order, instead of drawn ones.
         trace: keep what happens, line by line; changes nothing else.
         messages: every message is a line of it.
     """
@@ -136,8 +136,10 @@ def simulate(
     weather, planned = weather_of(drawn, rough), faults.draw(drawn, MESSAGES, few, many)
     durability = "journal" if drawn.random() < WITH_JOURNAL else "checkpoint"
     kernel_s = drawn.choice(KERNELS_S)
-    if calm or only is not None:
-        weather, planned = Weather(), only or []
+    if calm:
+        weather, planned = Weather(), []
+    if only is not None:
+        planned = only
     folder = Path(tempfile.mkdtemp(prefix="simulation-", dir=_fast_folder()))
     # Threads that were never ended are cycles: they are looked for among what is new, and only at the end.
     gc.freeze()
