@@ -153,8 +153,9 @@ class Recorder:
             for member in members
             if member.metrics_address
         ]
-        write_atomic(self._run_dir / "cluster.json", (json.dumps(entries, indent=1) + "\n").encode())
-        write_atomic(self._run_dir / "targets.json", (json.dumps(targets, indent=1) + "\n").encode())
+        # Of those who are there nobody outlives the host: its disk need not be waited for, which may take seconds.
+        for name, content in (("cluster.json", entries), ("targets.json", targets)):
+            write_atomic(self._run_dir / name, (json.dumps(content, indent=1) + "\n").encode(), durable=False)
 
 
 def _belongs(line: dict[str, Any], version: int) -> bool:

@@ -36,17 +36,20 @@ class AtomicFile:
     last to commit wins.
     """
 
-    def __init__(self, path: Path, mode: int = 0o666) -> None:
+    def __init__(self, path: Path, mode: int = 0o666, *, durable: bool = True) -> None:
         """Open the temporary file, in the folder of `path`.
 
         Args:
             path: the file's own name.
             mode: who may read it, from the start; the process's umask is taken off.
+            durable: `commit` waits for the disk. Without that it is whole whatever happens to this process, but not
+                to the host.
 
         Raises:
             OSError: the caller says what the file is for.
         """
         self.path = path
+        self._durable = durable
         #: What failpoints are told that this is about.
         self._about = f"{path.parent.name}/{path.name}"
         self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
@@ -70,15 +73,17 @@ class AtomicFile:
             OSError: it may or may not have its own name by now; call `abort`.
         """
         fd = self._open_fd()
-        failpoints.hit("fsync.before", self._about)
-        os.fsync(fd)
-        failpoints.hit("fsync.after", self._about)
+        if self._durable:
+            failpoints.hit("fsync.before", self._about)
+            os.fsync(fd)
+            failpoints.hit("fsync.after", self._about)
         self._fd = None
         os.close(fd)
         failpoints.hit("rename.before", self._about)
         self._temporary.replace(self.path)
         failpoints.hit("rename.after", self._about)
-        fsync_directory(self.path.parent)
+        if self._durable:
+            fsync_directory(self.path.parent)
 
     def abort(self) -> None:
         """Remove the temporary file. Idempotent; nothing happens after `commit`."""
@@ -130,14 +135,17 @@ def append_all(fd: int, data: bytes, end: int, timeout_s: float = ROOM_S) -> Non
             time.sleep(ROOM_POLL_S)
 
 
-def write_atomic(path: Path, data: bytes, mode: int = 0o666) -> None:
+def write_atomic(path: Path, data: bytes, mode: int = 0o666, *, durable: bool = True) -> None:
     """Replace the content of `path`: after a crash it has the old content or the new.
+
+    Args:
+        mode, durable: as `AtomicFile` has them.
 
     Raises:
         StorageError: names the path and the reason; the old content stands.
     """
     try:
-        with AtomicFile(path, mode) as file:
+        with AtomicFile(path, mode, durable=durable) as file:
             file.write(data)
             file.commit()
     except OSError as error:

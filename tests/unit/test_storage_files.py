@@ -48,6 +48,11 @@ def test_a_file_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: p
     assert [event.split()[0] for event in events] == ["fsync", "rename", "fsync"]
     assert events[0].endswith(TEMPORARY_SUFFIX)
     assert events[2] == "fsync "
+    # What does not outlive the host does not wait for its disk.
+    events.clear()
+    write_atomic(tmp_path / "a", b"news", durable=False)
+    assert events == ["rename"]
+    assert (tmp_path / "a").read_bytes() == b"news"
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "replace"])
