@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import time
@@ -14,6 +13,7 @@ from ps.client.status import StatusClient
 from ps.wire.security import PLAIN
 from workers.launch.alive import Process, alive
 from workers.launch.folder import RunFolder
+from workers.launch.metrics import Tail
 
 #: A run that has not gone on after this has not come through.
 DEADLINE_S = 120.0
@@ -69,22 +69,23 @@ class WatchedRun:
 
     def __init__(self, folder: Path) -> None:
         self.folder = RunFolder(folder)
-        path = folder / "metrics.jsonl"
-        await_that(path.exists, "the first step")
-        self._metrics = path.open()
-        self._left = ""
+        await_that(self.folder.metrics.exists, "the first step")
+        self._metrics = Tail(self.folder.metrics)
         self.step = -1
         self._compute_s: deque[float] = deque(maxlen=1000)
         self.went_back = 0
 
     def look(self) -> int:
         """Read what has been recorded; returns the newest step."""
-        *lines, self._left = (self._left + self._metrics.read()).split("\n")
-        for line in map(json.loads, lines):
+        rewritten, lines = self._metrics.poll()
+        before = self.step
+        for line in lines:
             if line["kind"] == "step":
-                self.went_back += line["step"] <= self.step
                 self.step = line["step"]
                 self._compute_s.append(line["compute_seconds"] or 0.0)
+        if rewritten:
+            # A rollback: the file is read from its beginning.
+            self.went_back += max(0, before - self.step)
         return self.step
 
     def await_step(self, step: int) -> None:

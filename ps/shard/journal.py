@@ -104,6 +104,8 @@ class StepJournal:
         self._found: GradientLog | None = None
         #: The last step of which a chunk was reduced.
         self._step = -1
+        #: No state has been offered to begin with: a standby that takes over has none.
+        self._lacks_base = True
 
     @property
     def is_on(self) -> bool:
@@ -112,7 +114,7 @@ class StepJournal:
     @property
     def is_full(self) -> bool:
         journal = self._log
-        return journal is not None and journal.newest_size > self._max_bytes
+        return self._lacks_base or (journal is not None and journal.newest_size > self._max_bytes)
 
     def open(self) -> GradientLog | None:
         with self._lock:
@@ -125,12 +127,13 @@ class StepJournal:
 
     def go_on(self, reduced: int) -> None:
         with self._lock:
-            self._step = reduced
+            self._step, self._lacks_base = reduced, False
             self._log, self._found = self._found, None
             metrics.JOURNAL_ON.set(1)
 
     def begin(self, base: Base, *, anew: bool = False) -> None:
         with self._lock:
+            self._lacks_base = False
             if not anew and self._step >= base.version:
                 # A part of the open step is in the file that is there, and would be missing in the next one.
                 return

@@ -37,8 +37,8 @@ TABLE = ParameterTable(
 
 
 def content(decision: Decision) -> str:
-    """A decision, but for the fence under which it is told."""
-    return repr(replace(decision, fence=Fence(0, 0)))
+    """A decision, but for the fence under which it is told, and for a checkpoint that a shard has asked for."""
+    return repr(replace(decision, fence=Fence(0, 0), snapshot=False))
 
 
 def initial(chunk: Chunk) -> np.ndarray:

@@ -362,6 +362,24 @@ def test_a_standby_serves_on_with_what_it_holds_of_the_open_step(pair: Pair) -> 
     assert pair.followed(decision.step).step == decision.step
 
 
+def test_a_standby_that_takes_over_asks_for_a_checkpoint_to_begin_its_journal_with(tmp_path: Path) -> None:
+    with rig(make_config(tmp_path, threads=2, durability="journal")) as shard:
+        pair = Pair(shard)
+        try:
+            pair.attach()
+            pair.fill()
+            pair.push_step()
+            state, fence = shard.state, Fence(FENCE.term, FENCE.epoch + 1)
+            shard.seat.adopt(fence)
+            pair.seat.serve(fence, state.version, state.applied, state.scaler.scale)
+            assert pair.told.next_prepared().journal_full
+            journal = pair.standby.journal
+            journal.begin(pair.standby.base())
+            assert not journal.is_full
+        finally:
+            pair.close()
+
+
 def test_a_standby_that_holds_some_chunks_says_that_it_holds_no_state(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
