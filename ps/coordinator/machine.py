@@ -66,20 +66,32 @@ class Machine(Run):
         if role is Role.SHARD:
             role = self.members.seat(rank, member.incarnation, self.standbys.in_sync(rank), now)
         member = replace(member, role=role, rank=rank)
+        if not self.members.has_to_connect(member, now):
+            self._seat(member, now)
+        return rank
+
+    def _seat(self, member: MemberState, now: float) -> None:
+        """A member takes its seat, from an earlier life of it if there is one."""
         before = self.members.admit(member, now)
         if before is not None:
             log.info("%s has come back in a new life", member.name)
             self.ask(Dismiss(before.incarnation, f"{before.name} was replaced by a newer life of it"))
             left = member.role is Role.WORKER and before.met and not before.ready
             self._lost(before, "was replaced", asked=left)
-        if self.members.find(member.role, rank, member.incarnation) is member:
-            self.ask(Journal({"type": "member", "role": str(member.role), "rank": rank, "life": member.incarnation}))
-            if member.role is Role.SHARD:
-                self.snapshots.lose(rank, self.state.version)
-            if member.role is Role.SHARD and self.phase is not Phase.GATHERING:
-                # A shard in a new life holds what it finds on a disk, if anything: the cluster is made to serve again.
-                self.serving.gather(f"{member.name} started anew")
-        return rank
+        if not self.is_seated(member):
+            # Known already.
+            return
+        who = {"role": str(member.role), "rank": member.rank, "life": member.incarnation}
+        self.ask(Journal({"type": "member", **who}))
+        if member.role is Role.SHARD:
+            self.snapshots.lose(member.rank, self.state.version)
+        if member.role is Role.SHARD and self.phase is not Phase.GATHERING:
+            # A shard in a new life holds what it finds on a disk, if anything: the cluster is made to serve again.
+            self.serving.gather(f"{member.name} started anew")
+
+    def is_seated(self, member: MemberState) -> bool:
+        """Whether it has its seat, and nobody has taken it."""
+        return self.members.get(member.role, member.rank) is member
 
     def connect(self, member: MemberState, now: float, starting: bool = False) -> None:
         """A member's session is open: what it may have missed is told again.
@@ -87,6 +99,8 @@ class Machine(Run):
         Args:
             starting: it is a shard that cannot be configured yet.
         """
+        if not self.is_seated(member):
+            self._seat(member, now)
         member.connected = member.met = True
         if member.role in (Role.SHARD, Role.STANDBY):
             member.ready = not starting
@@ -197,6 +211,8 @@ class Machine(Run):
             return
         for member in self.members.expire(now):
             self._lost(member, "has been silent for too long" if member.connected else "broke its connection")
+        for member in self.members.heirs(now):
+            self._seat(member, now)
         taken_over = self.standbys.take_over(now)
         if taken_over is not None:
             self.ask(MembersChanged())

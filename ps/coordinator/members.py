@@ -62,6 +62,8 @@ class Members:
     _members: dict[tuple[Role, int], MemberState] = field(default_factory=dict)
     #: Lives that another one has taken the place of.
     _replaced: set[tuple[Role, int, int]] = field(default_factory=set)
+    #: Those that have registered for a seat that somebody holds, by seat and life: in this order.
+    _arriving: dict[tuple[Role, int], dict[int, MemberState]] = field(default_factory=dict)
 
     def place(self, role: Role, rank: int, incarnation: int, now: float) -> int:
         """Confirm a rank, or give the lowest free one for -1.
@@ -134,15 +136,47 @@ class Members:
         """Whether it is there, or has just registered and is about to connect."""
         return member.live or member.connected or (not member.met and now - member.last_seen <= self.lease_s)
 
+    def has_to_connect(self, member: MemberState, now: float) -> bool:
+        """Whether a life that registers gets its seat only once it is connected, since another one holds it.
+
+        A registration alone may be the last word of a process that is dead, and late: it must not throw out the next
+        life of that process, which has registered before it is heard.
+
+        Raises:
+            MismatchError: see `admit`.
+        """
+        key = self._not_replaced(member)
+        before = self._members.get(key)
+        if before is None or before.incarnation == member.incarnation or not self._holds_rank(before, now):
+            return False
+        self._arriving.setdefault(key, {}).setdefault(member.incarnation, member).last_seen = now
+        return True
+
+    def heirs(self, now: float) -> list[MemberState]:
+        """Those that have registered for a seat that nobody holds any more."""
+        found = []
+        for key, arriving in self._arriving.items():
+            before = self._members.get(key)
+            recent = (member for member in arriving.values() if now - member.last_seen <= self.lease_s)
+            first = next(recent, None)
+            if first is not None and (before is None or not self._holds_rank(before, now)):
+                found.append(first)
+        return found
+
     def admit(self, member: MemberState, now: float) -> MemberState | None:
         """Take a member in; returns the earlier life that it replaces, if any.
 
         Raises:
             MismatchError: another life has replaced this one: the two would throw each other out for ever.
         """
-        key = (member.role, member.rank)
-        if (*key, member.incarnation) in self._replaced:
-            raise MismatchError(f"{member.name} was replaced by a newer life of it")
+        key = self._not_replaced(member)
+        arriving = self._arriving.get(key, {})
+        while member.incarnation in arriving:
+            # Those that registered before it are too late.
+            life = next(iter(arriving))
+            del arriving[life]
+            if life != member.incarnation:
+                self._replaced.add((*key, life))
         before = self._members.get(key)
         if before is not None and before.incarnation == member.incarnation:
             before.last_seen = now
@@ -154,18 +188,25 @@ class Members:
         self._members[key] = member
         return before
 
+    def _not_replaced(self, member: MemberState) -> tuple[Role, int]:
+        key = (member.role, member.rank)
+        if (*key, member.incarnation) in self._replaced:
+            raise MismatchError(f"{member.name} was replaced by a newer life of it")
+        return key
+
     def restarts(self, role: Role, rank: int) -> int:
         """Earlier lives of a member."""
         return sum((role, rank) == key[:2] for key in self._replaced)
 
     def find(self, role: Role, rank: int, incarnation: int) -> MemberState | None:
-        """The member, if it is still in this life."""
+        """The member, if it is still in this life, or is about to connect in it."""
         seats = (Role.SHARD, Role.STANDBY) if role is Role.SHARD else (role,)
         for seat in seats:
             member = self._members.get((seat, rank))
             if member is not None and member.incarnation == incarnation:
                 return member
-        return None
+        arriving = (self._arriving.get((seat, rank), {}).get(incarnation) for seat in seats)
+        return next((member for member in arriving if member is not None), None)
 
     def get(self, role: Role, rank: int) -> MemberState | None:
         return self._members.get((role, rank))

@@ -193,12 +193,8 @@ class CoordinatorServicer(pb_grpc.CoordinatorServicer):
         return (member, self._sessions.open(member.incarnation)) if member is not None else None
 
     def _connect(self, member: MemberState, starting: bool, now: float) -> None:
-        if self._is_member(member):
+        if self._machine.members.find(member.role, member.rank, member.incarnation) is member:
             self._machine.connect(member, now, starting)
-
-    def _is_member(self, member: MemberState) -> bool:
-        """Whether it is one still: another life may have its seat."""
-        return self._machine.members.get(member.role, member.rank) is member
 
     def _read(self, requests: Iterator[pb.SessionRequest], member: MemberState, mine: _Queue) -> None:
         try:
@@ -212,7 +208,7 @@ class CoordinatorServicer(pb_grpc.CoordinatorServicer):
     def _event(self, member: MemberState, request: pb.SessionRequest, mine: _Queue, now: float) -> None:
         """Hand one fact to the state machine, unless the member has been replaced meanwhile."""
         machine = self._machine
-        if not self._is_member(member):
+        if not machine.is_seated(member):
             mine.put(pb.SessionResponse(end=pb.End(ok=False, reason=f"{member.name} was replaced by a newer life")))
             return
         kind = request.WhichOneof("event")

@@ -141,7 +141,7 @@ class FakeRun:
         shard = self.shards[index]
         member = MemberState(Role.SHARD, index, shard.incarnation, address=f"s:{index}", ready=True)
         self.machine.register(member, self.now)
-        self.connect(Role.SHARD, index)
+        self.connect(Role.SHARD, index, shard.incarnation)
         return shard
 
     def register_worker(self, rank: int = -1) -> FakeWorker:
@@ -153,7 +153,7 @@ class FakeRun:
     def join_worker(self, rank: int = -1, table: ParameterTable = TABLE, data: str = DATA) -> FakeWorker:
         """A worker registers, connects, and says what its model is."""
         worker = self.register_worker(rank)
-        self.connect(Role.WORKER, worker.rank)
+        self.connect(Role.WORKER, worker.rank, worker.incarnation)
         self.machine.model(self.member(Role.WORKER, worker.rank), self.now, table, data, 2)
         return worker
 
@@ -162,8 +162,11 @@ class FakeRun:
         assert found is not None
         return found
 
-    def connect(self, role: Role, rank: int) -> None:
-        self.machine.connect(self.member(role, rank), self.now)
+    def connect(self, role: Role, rank: int, life: int = 0) -> None:
+        """Its session opens: that of who holds the seat, or of a life that has just registered."""
+        member = self.machine.members.find(role, rank, life) if life else self.member(role, rank)
+        assert member is not None
+        self.machine.connect(member, self.now)
 
     def kill_worker(self, rank: int) -> None:
         """Its session breaks, and it does nothing any more."""

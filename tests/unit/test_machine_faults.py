@@ -13,6 +13,7 @@ from ps.coordinator import service
 from ps.coordinator.actions import (
     Configure,
     Control,
+    Dismiss,
     PrepareCheckpoint,
     Record,
     TellDeal,
@@ -21,6 +22,7 @@ from ps.coordinator.actions import (
     WriteManifest,
 )
 from ps.coordinator.dealing import Dealing
+from ps.coordinator.members import MemberState
 from ps.coordinator.recorder import Recorder
 from ps.coordinator.timings import Spent
 from ps.errors import CheckpointWriteFailed, DecisionRejected, MismatchError, PeerUnavailable, StaleFence
@@ -103,6 +105,44 @@ def test_a_life_that_was_replaced_cannot_come_back(run: FakeRun, role: Role) -> 
     assert run.member(role, 1) is new
     run.run()
     assert run.end.ok
+
+
+@pytest.mark.parametrize("connected", [True, False], ids=["connected", "registered"])
+def test_the_registration_of_a_dead_life_that_is_heard_late_throws_nobody_out(run: FakeRun, connected: bool) -> None:
+    """It was on its way when its process was killed; the next life of it was faster."""
+    run.everybody()
+    run.run_to(2)
+    run.kill_worker(1)
+    run.step(run.config.membership.lease_s)
+    new = run.join_worker(1) if connected else run.register_worker(1)
+    run.machine.register(MemberState(Role.WORKER, 1, 7), run.now)
+    assert new.incarnation not in [action.life for action in run.step() if isinstance(action, Dismiss)]
+    if not connected:
+        run.connect(Role.WORKER, 1, new.incarnation)
+    assert run.member(Role.WORKER, 1).incarnation == new.incarnation
+    assert run.member(Role.WORKER, 1).connected
+
+
+def test_of_those_who_register_for_a_seat_the_one_that_connects_has_it(run: FakeRun) -> None:
+    """Whoever registered before it, and did not connect, is too late; the one that held it hears of it."""
+    run.everybody()
+    run.run_to(2)
+    old = run.member(Role.WORKER, 1)
+    lives = [run.register_worker(1).incarnation for _ in range(3)]
+    assert run.member(Role.WORKER, 1) is old
+    run.connect(Role.WORKER, 1, lives[1])
+    assert [action.life for action in run.step() if isinstance(action, Dismiss)] == [old.incarnation]
+    assert run.member(Role.WORKER, 1).incarnation == lives[1]
+    for late in (old.incarnation, lives[0]):
+        assert run.machine.members.find(Role.WORKER, 1, late) is None
+        with pytest.raises(MismatchError, match="worker 1 was replaced"):
+            run.machine.register(MemberState(Role.WORKER, 1, late), run.now)
+    # Nor does it wait for ever where nobody holds the seat any more.
+    run.machine.disconnect(run.member(Role.WORKER, 1), run.now)
+    run.workers[1].idle = True
+    run.step(run.config.membership.lease_s / 2)
+    run.step()
+    assert run.member(Role.WORKER, 1).incarnation == lives[2]
 
 
 def test_overdue_work_is_given_to_somebody_else() -> None:

@@ -96,8 +96,11 @@ def test_a_shard_in_its_first_life_starts_and_what_else_is_waited_for_comes_firs
 def test_a_shard_that_was_live_is_to_come_back_also_in_a_new_life(run: Deaf) -> None:
     run.everybody()
     reach(run, 2)
-    member = register_shard(run, 1, 12)
-    run.step()
+    run.machine.disconnect(run.member(Role.SHARD, 1), run.now)
+    register_shard(run, 1, 12)
+    run.step(run.config.membership.lease_s)
+    member = run.member(Role.SHARD, 1)
+    assert member.incarnation == 12
     assert waits(run) == [("shard 1", "to come back")]
     run.machine.connect(member, run.now, starting=True)
     run.settle(3)
