@@ -1,11 +1,12 @@
 """What one slow worker among four costs: eight contributions a step, three workers alike and one four times slower.
 
-Workers sleep for what they compute and leave it as a model does, between two layers; all else is real: sessions,
-pushes, decisions, updates, pulls. So the machine's cores do not matter, and only what is dealt to whom does.
+Workers sleep for what they compute; they wait for weights, leave what nobody wants and push as a model of some layers
+does. All else is real: sessions, pushes, decisions, updates, pulls. So the machine's cores hardly matter, and what is
+dealt to whom does.
 
     alike      four fast workers
     waited     the slow one is waited for (membership.duplicate_late=false)
-    late       evenly dealt; what is late is given to an idle worker as well (the default)
+    late       evenly dealt; what is late is given to another worker as well (the default)
     speed      dealt by measured speed, and late ones as above (membership.balance=speed)
 
 The ideal is that of work which can be cut at will: C / (3 + 1/4) times a fast worker's contribution. Contributions are

@@ -213,7 +213,7 @@ class MembershipConfig(Section):
     balance: Literal["even", "speed"] = "even"
     """Contributions are dealt evenly, or by the speed that each worker has shown."""
     duplicate_late: bool = True
-    """Give a contribution that is late to an idle worker as well; the first result stands."""
+    """Give a contribution that is late to another worker as well; the first result stands."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -40,8 +40,8 @@ from workers.config import JobConfig
 
 Array = np.ndarray
 
-#: Between two of them a worker looks whether what it computes is still wanted.
-LAYERS = 20
+#: The forward's part of a contribution's time.
+FORWARD = 1 / 3
 
 
 def table_of(parameters: int, tensors: int | None = None) -> ParameterTable:
@@ -90,12 +90,12 @@ class FlatArrays:
         pass
 
 
-def work(duty: Duty, backward: Callable[[Callable[[Chunk], None]], None], compute_s: float) -> None:
+def work(duty: Duty, plan: Plan, backward: Callable[[Callable[[Chunk], None]], None], compute_s: float) -> None:
     """Push what is dealt, as soon as its weights are there, until the run ends.
 
     Args:
         backward: brings the gradients, and may tell of chunks that it has finished.
-        compute_s: how long a contribution takes before that.
+        compute_s: how long a contribution takes, beside that.
 
     Raises:
         PsError: it ended badly.
@@ -106,14 +106,15 @@ def work(duty: Duty, backward: Callable[[Callable[[Chunk], None]], None], comput
             duty.take(1.0)
             continue
         duty.pulled()
-        duty.forget_gradient()
         try:
-            _pretend(duty, compute_s)
+            _pretend_forward(duty, plan, compute_s * FORWARD)
+            duty.forget_gradient()
+            begun = duty.begin_push(dealt.pending[0], lambda: (1.0, 1))
+            _pretend_backward(plan, compute_s * (1 - FORWARD), partial(duty.push_chunk, begun))
         except Interrupted:
             continue
         finally:
             duty.done()
-        begun = duty.begin_push(dealt.pending[0], lambda: (1.0, 1))
         backward(partial(duty.push_chunk, begun))
         duty.push(begun, compute_s)
         duty.take(0.0)
@@ -121,16 +122,28 @@ def work(duty: Duty, backward: Callable[[Callable[[Chunk], None]], None], comput
         raise PsError(duty.end.reason)
 
 
-def _pretend(duty: Duty, compute_s: float) -> None:
-    """Take so long as a model of some layers would.
+def _pretend_forward(duty: Duty, plan: Plan, seconds: float) -> None:
+    """Take so long as a model whose layers are the plan's chunks, and wait for the weights of each as it does.
 
     Raises:
         Interrupted: nobody wants what would be computed.
     """
-    end = time.monotonic() + compute_s
-    while (left := end - time.monotonic()) > 0:
-        time.sleep(min(left, compute_s / LAYERS))
-        duty.await_weights(None)
+    if not seconds:
+        return
+    for chunk in plan.chunks:
+        duty.await_weights([chunk])
+        time.sleep(seconds / len(plan.chunks))
+    duty.await_weights(None)
+
+
+def _pretend_backward(plan: Plan, seconds: float, on_chunk: Callable[[Chunk], None]) -> None:
+    """Take so long, from the last layer to the first, and tell of each one's gradient."""
+    if not seconds:
+        return
+    end = time.monotonic() + seconds
+    for left in range(len(plan.chunks) - 1, -1, -1):
+        time.sleep(max(0.0, end - left * seconds / len(plan.chunks) - time.monotonic()))
+        on_chunk(plan.chunks[left])
 
 
 def _arrays(hooks: bool, plan: Plan, wire: WireDtype, seed: int) -> Any:
@@ -162,7 +175,8 @@ def main() -> None:
     job = from_json(JobConfig, session.register(60.0).job)
     wire = job.precision.wire
     warm_up_worker(wire)
-    arrays = _arrays(arguments.hooks, make_plan(table, job.cluster.shards), wire, rank)
+    plan = make_plan(table, job.cluster.shards)
+    arrays = _arrays(arguments.hooks, plan, wire, rank)
     trace = Recorder(job.traced_steps)
     sharing = Sharing(job.launch.transport)
     client = ParameterClient(GrpcTransport(), inbox, rank, incarnation, table, arrays, sharing, trace)
@@ -171,7 +185,9 @@ def main() -> None:
     session.start()
     courier.start()
     try:
-        work(Duty(session, inbox, client, slots, wire, eager=job.is_eager, trace=trace), arrays.backward, seconds)
+        layerwise, eager = seconds > 0, job.is_eager
+        duty = Duty(session, inbox, client, slots, wire, layerwise=layerwise, eager=eager, trace=trace)
+        work(duty, plan, arrays.backward, seconds)
     finally:
         client.close()
         courier.close()

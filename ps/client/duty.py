@@ -108,7 +108,7 @@ class Duty:
         self._asked_at: float | None = None
         self._arrived_at: float | None = None
         self._pull_s = self._wait_s = 0.0
-        self._waited_s = 0.0
+        self._waited_s = self._settled_s = 0.0
 
     # -- Events ---------------------------------------------------------------------------------
 
@@ -236,7 +236,7 @@ class Duty:
             return None
         if self._client.pulled.use(dealt.step, early=self._layerwise):
             # Of something that was left.
-            self._waited_s = 0.0
+            self._waited_s = self._settled_s = 0.0
             self._at = (dealt, self.fences, None if dealt.evaluate else dealt.pending[0])
             return dealt
         # Torn by the next version means that this one is decided; but where steps are eager it may still be needed.
@@ -332,12 +332,19 @@ class Duty:
         self._session.doing(what, self._client.transport)
 
     def forget_gradient(self) -> None:
-        """The gradient's memory is about to be overwritten.
+        """The gradient's memory is about to be overwritten: what was pushed before is waited for.
 
         Raises:
-            WaitTimeout: what was pushed before could not be sent.
+            WaitTimeout: it could not be sent.
         """
+        began = time.monotonic()
         self._client.forget_gradient()
+        self._settled_s += time.monotonic() - began
+
+    def settled(self) -> float:
+        """The seconds that `forget_gradient` took since the last call."""
+        settled_s, self._settled_s = self._settled_s, 0.0
+        return settled_s
 
     def begin_push(self, contribution: int, report: Callable[[], tuple[float, int]]) -> Contribution:
         """Chunks of a contribution of the open step are about to be ready.

@@ -1,7 +1,7 @@
 """Who computes which contribution. Only a plan of work: it never enters the accounting.
 
 Works for contributions of a step and for parts of an evaluation alike: numbered units of work. A unit has one owner;
-when that one is late an idle worker is given it as well, and whoever is first has done it.
+when that one is late another worker is given it as well, and whoever is first has done it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-#: A unit is late when an idle worker would probably be through with it so many seconds before all who have it: a second
+#: A unit is late when somebody else would probably be through with it so many seconds before all who have it: a second
 #: computation is not worth a moment, and a process that got no time for a moment is not slow.
 LATE_S = 0.1
 
@@ -78,22 +78,29 @@ class Dealing:
         return dealt
 
     def duplicate(self, ranks: Sequence[int], now: float, pace: Mapping[int, float]) -> dict[int, list[int]]:
-        """Give idle workers what is late as well, one unit each; returns what is new, by rank.
+        """Give what is late to workers who are idle, or soon will be, one unit each; returns what is new, by rank.
+
+        Who is at its last unit gets it already, so that it need not wait for it then.
 
         Args:
             pace: seconds per unit, of everybody who has any and of `ranks`; empty: nobody knows, and nothing is late.
         """
-        idle = [rank for rank in ranks if not self._held.get(rank) and rank in pace and rank not in self.late]
-        if not idle:
+        through = {
+            rank: self._first_left(rank, now, pace) + pace[rank]
+            for rank in ranks
+            if len(self._held.get(rank, ())) <= 1 and rank in pace and rank not in self.late
+        }
+        if not through:
             return {}
         left = self._left(now, pace)
         given: dict[int, list[int]] = {}
-        for rank in sorted(idle, key=lambda rank: (pace[rank], rank)):
-            unit = max(left, key=lambda unit: (left[unit], unit), default=None)
-            if unit is None or left[unit] <= pace[rank] + LATE_S:
-                break
+        for rank in sorted(through, key=lambda rank: (through[rank], rank)):
+            others = left.keys() - self._held.get(rank, {}).keys()
+            unit = max(others, key=lambda unit: (left[unit], unit), default=None)
+            if unit is None or left[unit] <= through[rank] + LATE_S:
+                continue
             self._give(unit, rank, now)
-            left[unit] = pace[rank]
+            left[unit] = through[rank]
             given[rank] = [unit]
         return given
 
@@ -171,9 +178,15 @@ class Dealing:
         for rank, units in self._held.items():
             if rank not in pace:
                 continue
-            # Who is late already is expected to be late by as much again.
-            first = abs(pace[rank] - (now - self._since[rank]))
+            first = self._first_left(rank, now, pace)
             for position, unit in enumerate(units):
                 at = first + position * pace[rank]
                 left[unit] = min(at, left.get(unit, at))
         return left
+
+    def _first_left(self, rank: int, now: float, pace: Mapping[int, float]) -> float:
+        """The seconds until a worker is probably through with what it is at.
+
+        Who is late already is expected to be late by as much again.
+        """
+        return abs(pace[rank] - (now - self._since[rank])) if self._held.get(rank) else 0.0

@@ -25,7 +25,7 @@ CONTRIBUTIONS = Counter("windlass_contributions", "Contributions that every shar
 CONTRIBUTION_SECONDS = Counter(
     "windlass_contribution_seconds", "Seconds of contributions, by worker and phase", ["worker", "phase"]
 )
-DUPLICATED = Counter("windlass_duplicated_contributions", "Late contributions that an idle worker was given as well")
+DUPLICATED = Counter("windlass_duplicated_contributions", "Late contributions that another worker was given as well")
 WORKERS_LIVE = Gauge("windlass_workers_live", "Live workers")
 WORKERS_LOST = Gauge("windlass_workers_lost", "Workers that went without leaving, and did not come back")
 WORKERS_EXPECTED = Gauge("windlass_workers_expected", "Workers that the job starts with")

@@ -32,6 +32,9 @@ class Steps(Protocol):
     def await_weights(self, chunks: Sequence[Chunk] | None) -> None:
         """Wait until the weights of these chunks are there; None: of all."""
 
+    def forget_gradient(self) -> None:
+        """The gradient is about to be overwritten: wait until what was computed last is on its way."""
+
     def begin_push(self, contribution: int, report: Callable[[], tuple[float, int]]) -> Contribution:
         """Chunks of a contribution are about to be ready; `report` returns its sum of losses, and its tokens."""
 
@@ -73,32 +76,33 @@ class Contributor:
 
         The sum of undivided, scaled gradients adds up and is divided once when it is pushed; FP16
         sums would overflow, so there each loss is divided before its backward. The forward waits for each
-        layer's weights when it comes to it, and the last backward pushes each chunk as it is finished.
+        layer's weights when it comes to it, and the last backward pushes each chunk as it is finished. What was
+        computed before is pushed until the first backward.
 
         Raises:
             Interrupted: the weights do not come.
         """
         flat = self._flat
         slots = slot_range(contribution, self._contributions, self._slots)
-        flat.clear(divide=not self._accumulate_fp16)
         factor = loss_scale / len(slots) if self._accumulate_fp16 else loss_scale
         self._model.train()
         losses, tokens = [], 0
         with flat.needing(self._steps.await_weights):
-            for slot in slots[:-1]:
+            for slot in slots:
                 loss, count = self._forward(step, contribution, slot)
-                self._backward(step, contribution, loss * factor)
                 losses.append(loss.detach())
                 tokens += count
-                # Also where no layer waits for its own weights, what nobody wants any more is left between two slots.
+                if slot == slots[0]:
+                    self._steps.forget_gradient()
+                    flat.clear(divide=not self._accumulate_fp16)
+                if slot != slots[-1]:
+                    self._backward(step, contribution, loss * factor)
+                # Also where no layer waits for its own weights, what nobody wants any more is left between two slots;
+                # and what no layer asked for may be pushed as well.
                 self._steps.await_weights(None)
-            loss, count = self._forward(step, contribution, slots[-1])
-            # What no layer asked for may be pushed as well.
-            self._steps.await_weights(None)
-        losses.append(loss.detach())
         # One transfer at the end: the device is not waited for in between. Not every device has float64.
         loss_sums = device.fetch(torch.stack(losses))
-        begun = self._steps.begin_push(contribution, lambda: (float(loss_sums().double().sum()), tokens + count))
+        begun = self._steps.begin_push(contribution, lambda: (float(loss_sums().double().sum()), tokens))
         with flat.finishing(lambda chunk: self._steps.push_chunk(begun, chunk)):
             self._backward(step, contribution, loss * factor)
         return begun

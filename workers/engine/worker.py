@@ -143,7 +143,6 @@ class Worker:
         """Returns the seconds in which weights were waited for."""
         duty = self._duty
         duty.doing(f"computing contribution {contribution}")
-        duty.forget_gradient()
         if not self._has_worked:
             self._has_worked = True
             self._on_work()
@@ -156,7 +155,7 @@ class Worker:
             begun = self._contributor.contribute(dealt.step, contribution, dealt.loss_scale)
         duty.done()
         waited_s = duty.waited()
-        compute_s = time.monotonic() - started - waited_s
+        compute_s = time.monotonic() - started - waited_s - duty.settled()
         duty.push(begun, compute_s)
         metrics.COMPUTE_SECONDS.observe(compute_s)
         return waited_s
