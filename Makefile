@@ -9,6 +9,8 @@ PROTO_VENV ?= .venv-protos
 SEEDS ?= 2000
 BENCHMARKS := optimizer transport exchange training network scaling stragglers memory recovery durability gpu
 FAULTS ?= 1000
+# Seconds between two faults, on average.
+EVERY ?= 1
 # The oldest grpcio-tools whose stubs the supported runtimes accept.
 GRPCIO_TOOLS := 1.76.0
 
@@ -40,9 +42,9 @@ simulate: setup  ## Run whole clusters on a simulated machine, 2,000 seeds unles
 	PYTHONPATH=. $(BIN)/python -m tests.simulation --seeds $$(( $(SEEDS) / 10 )) --standbys 0
 	PYTHONPATH=. $(BIN)/python -m tests.simulation --seeds $$(( $(SEEDS) / 10 )) --rough
 
-# Some 10 minutes for 100 faults; the report goes to runs/bench/chaos.json too.
+# Some 45 minutes for 1,000 faults; the report goes to runs/bench/chaos.json too.
 chaos: setup  ## Strike processes of a real run at random, 1,000 faults unless FAULTS says otherwise; compare the result
-	PYTHONPATH=. $(BIN)/python benchmarks/bench_chaos.py --faults $(FAULTS)
+	PYTHONPATH=. $(BIN)/python benchmarks/bench_chaos.py --faults $(FAULTS) --every $(EVERY)
 
 # As root: it kills the containers' processes from outside. The variables of compose.yaml, such as TORCH_INDEX, count.
 e2e-compose: setup  ## Build the images, train in containers, kill some, see that nothing is left; needs Docker
