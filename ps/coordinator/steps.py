@@ -179,7 +179,7 @@ class Steps:
             step = self._run.state.version
             log.info("step %d: contributions %s are late: worker %d computes them too", step, also, rank)
             self.duplicated += len(also)
-        contributions |= duplicated
+            contributions.setdefault(rank, []).extend(also)
         for rank in live:
             if all_workers or rank in evaluate or rank in contributions:
                 self._run.ask(

@@ -16,6 +16,7 @@
 10. With durability=journal, and disks that work, no rollback takes back what was decided; but for an eager step that
    overflowed, and for a standby that took over, which has no journal before the next checkpoint.
 11. A checkpoint is completed when all its files are there, and holds what the sequential model does, to the bit.
+12. Of everything that is dealt to a worker it is told.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from ps.config import RunConfig
+from ps.coordinator.actions import TellDeal
 from ps.coordinator.decision import TrainingState
 from ps.coordinator.history import History
 from ps.coordinator.serving import Serving
@@ -114,6 +116,7 @@ class Watch:
                 (StepProtocol, "prepared", self._on_prepared),
                 (Steps, "prepared", self._on_report),
                 (Steps, "applied", self._on_report),
+                (Steps, "_deal", self._on_deal),
                 (Snapshots, "begin", self._on_begin),
                 (Snapshots, "written", self._on_written),
                 (Steps, "note_applied", self._on_note_applied),
@@ -265,6 +268,19 @@ class Watch:
         fence = steps._run.fence
         kind = type(report).__name__
         self.expect(not taken or report.fence == fence, lambda: f"{kind} under {report.fence} counts under {fence}")
+
+    def _on_deal(self, call: Callable[..., None], steps: Steps, *arguments: Any, **named: Any) -> None:
+        workers, actions = steps._run.members.live_workers(), steps._run._actions
+        before = {rank: steps.outstanding(rank) for rank in workers}
+        asked = len(actions)
+        call(steps, *arguments, **named)
+        tells = [action for action in actions[asked:] if isinstance(action, TellDeal)]
+        for rank in workers:
+            mine = [tell for tell in tells if tell.worker == rank]
+            told = ({c for tell in mine for c in tell.contributions}, {p for tell in mine for p in tell.evaluate})
+            for has, had, heard in zip(steps.outstanding(rank), before[rank], told, strict=True):
+                untold = set(has) - set(had) - heard
+                self.expect(not untold, lambda rank=rank, units=untold: f"worker {rank} is not told of {units}")
 
     def _on_note_applied(self, call: Callable[..., None], steps: Steps, shard: int, *state_hash: int) -> None:
         call(steps, shard, *state_hash)

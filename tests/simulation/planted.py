@@ -10,10 +10,11 @@ from typing import Any
 from ps.client.pulled import PulledModel, Pulling
 from ps.coordinator import decision as decisions
 from ps.coordinator import serving
+from ps.coordinator.actions import Action, TellDeal
 from ps.coordinator.history import History
 from ps.coordinator.machine import Machine
 from ps.coordinator.members import MemberState
-from ps.coordinator.run import Phase
+from ps.coordinator.run import Phase, Run
 from ps.coordinator.serving import Serving
 from ps.coordinator.standbys import Standbys
 from ps.coordinator.steps import Steps
@@ -272,6 +273,15 @@ def a_standby_that_lacks_some_chunks() -> contextlib.AbstractContextManager[None
     return _instead(Follower, "take_reduced", take_reduced)
 
 
+def tell_of_some_of_what_is_dealt() -> contextlib.AbstractContextManager[None]:
+    """A worker that is dealt several contributions is told of the last one."""
+
+    def ask(real: Any, self: Run, action: Action) -> None:
+        real(self, replace(action, contributions=action.contributions[-1:]) if isinstance(action, TellDeal) else action)
+
+    return _instead(Run, "ask", ask)
+
+
 #: Found where a shard that dies comes back: one that is replaced at once hides some of them.
 ALONE: tuple[Plant, ...] = (
     count_a_duplicate,
@@ -293,6 +303,7 @@ ALONE: tuple[Plant, ...] = (
     decide_otherwise_after_a_restart,
     snapshot_while_it_changes,
     report_before_it_is_written,
+    tell_of_some_of_what_is_dealt,
 )
 #: Those that show when shards die, one soon after the other.
 OF_DEATHS: tuple[Plant, ...] = (skip_the_fence_of_answers, report_before_it_is_written)

@@ -67,13 +67,14 @@ class Chain:
     # -- Contributor ----------------------------------------------------------------------------
 
     def contribute(self, step: int, contribution: int, loss_scale: float) -> Contribution:
-        self.gradients.fill(np.nan)
         expected = self._expected(step)
         for chunk in self._plan.chunks:
             self.duty.await_weights([chunk])
             self._check(step, chunk, expected)
             self._compute()
         self.duty.await_weights(None)
+        self.duty.forget_gradient()
+        self.gradients.fill(np.nan)
         begun = self.duty.begin_push(contribution, lambda: (sequential.loss(step, contribution), 1))
         slots = len(slot_range(contribution, self._contributions, self._slots))
         for chunk in reversed(self._plan.chunks):

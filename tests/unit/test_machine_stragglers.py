@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from tests.support.fake_run import FakeRun, make_config
 CONTRIBUTIONS = 8
 
 
-def straggling(tmp_path: Path, workers: int = 4, steps: int = 60, **membership: Any) -> FakeRun:
+def straggling(
+    tmp_path: Path, workers: int = 4, steps: int = 60, contributions: int = CONTRIBUTIONS, **membership: Any
+) -> FakeRun:
     run = FakeRun(
         make_config(
             tmp_path,
             workers=workers,
-            batch={"micro_batches_per_step": CONTRIBUTIONS, "contributions_per_step": CONTRIBUTIONS},
+            batch={"micro_batches_per_step": contributions, "contributions_per_step": contributions},
             training={"steps": steps},
             checkpoint={"every_steps": 0},
             membership={"duplicate_late": True, **membership},
@@ -31,10 +34,25 @@ def straggling(tmp_path: Path, workers: int = 4, steps: int = 60, **membership: 
     run.everybody()
     # In the steps before nothing took any time, which says nothing: the open one is dealt anew.
     run.run_to(1)
-    run.machine.steps.dealing = Dealing(CONTRIBUTIONS)
+    run.machine.steps.dealing = Dealing(contributions)
     run.machine.steps.pace, run.machine.steps.duplicated = Pace(), 0
+    run.log.clear()
     run.step()
     return run
+
+
+def told(run: FakeRun, step: int) -> list[TellDeal]:
+    return [tell for tell in run.of(TellDeal) if tell.state.version == step]
+
+
+def heard(run: FakeRun, rank: int, step: int, finished: Sequence[int] = ()) -> list[int]:
+    """What a worker has to do, as it was told."""
+    held: list[int] = []
+    for tell in told(run, step):
+        if tell.worker == rank:
+            held.extend(unit for unit in tell.contributions if unit not in held)
+            held = [unit for unit in held if unit not in tell.done]
+    return [unit for unit in held if unit not in finished]
 
 
 def make_step(run: FakeRun, seconds: dict[int, float], tick: float = 0.02) -> float:
@@ -42,24 +60,22 @@ def make_step(run: FakeRun, seconds: dict[int, float], tick: float = 0.02) -> fl
     machine, step, began = run.machine, run.machine.state.version, run.now
     #: What each worker is at, and when it will be through with it.
     at: dict[int, tuple[int, float]] = {}
+    finished: dict[int, list[int]] = {rank: [] for rank in run.workers}
     while machine.state.version == step:
         assert run.now - began < 100.0, machine.waiting_for(run.now)
         for rank, worker in run.workers.items():
-            held = machine.steps.dealing.outstanding(rank)
+            held = heard(run, rank, step, finished[rank])
             unit, due = at.get(rank, (-1, 0.0))
             if unit in held and run.now >= due:
+                finished[rank].append(unit)
                 run.contribute(worker, step, unit)
-                held = machine.steps.dealing.outstanding(rank)
+                held = heard(run, rank, step, finished[rank])
             if held and unit != held[0]:
                 at[rank] = (held[0], run.now + seconds[rank])
         for shard in run.shards.values():
             run.report(shard)
         run.step(tick)
     return run.now - began
-
-
-def told(run: FakeRun, step: int) -> list[TellDeal]:
-    return [tell for tell in run.of(TellDeal) if tell.state.version == step]
 
 
 SLOW = {0: 1.0, 1: 1.0, 2: 1.0, 3: 4.0}
@@ -129,6 +145,16 @@ def test_who_is_still_at_it_hears_that_it_is_done_and_it_counts_once(tmp_path: P
     assert machine.steps._timings._by_rank == before, "counted once"
     # It comes back to what it has not done, and to that only.
     assert machine.steps.outstanding(1)[0] == (4, 5, 6)
+
+
+def test_what_is_late_before_the_step_begins_is_told_beside_what_a_worker_owns(tmp_path: Path) -> None:
+    """One contribution each, and one worker so slow that the other one is given both at once."""
+    run = straggling(tmp_path, workers=2, contributions=2)
+    slow = {0: 9.0, 1: 1.0}
+    make_step(run, slow)
+    make_step(run, slow)
+    assert heard(run, 1, run.machine.state.version) == run.machine.steps.dealing.outstanding(1) == [1, 0]
+    assert make_step(run, slow) == pytest.approx(2.0, abs=0.2)
 
 
 def test_who_joins_in_the_middle_of_a_step_helps_at_once(tmp_path: Path) -> None:

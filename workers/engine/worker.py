@@ -29,7 +29,10 @@ class Contributor(Protocol):
     """Who computes. Either may raise `Interrupted`."""
 
     def contribute(self, step: int, contribution: int, loss_scale: float) -> Contribution:
-        """Compute a contribution; pushing it has begun."""
+        """Compute a contribution; pushing it has begun.
+
+        What was computed before is forgotten first (`Duty.forget_gradient`), when its memory is needed.
+        """
 
     def evaluate(self, part: int) -> tuple[float, int, int]:
         """Evaluate one part of the held-out data: (loss sum in nats, tokens, bytes of text)."""
