@@ -27,7 +27,7 @@ from benchmarks.support.report import Check, Report
 from benchmarks.support.watched_run import LEASE_S, WatchedRun, await_that, job
 from ps.coordinator.audit import audit
 from ps.storage.digest import digest
-from ps.storage.journal import read
+from ps.storage.journal_files import read
 from workers.launch import faults
 from workers.launch.chaos import strike_all
 from workers.launch.faults import Kind

@@ -33,6 +33,7 @@ from ps.coordinator.run import Phase
 from ps.coordinator.service import SERVICE, CoordinatorServicer, Sessions
 from ps.coordinator.standbys import REJOIN_S
 from ps.coordinator.status import member_message
+from ps.coordinator.summarizer import Summarizer
 from ps.coordinator.timeline import Timeline
 from ps.errors import PsError, StorageError
 from ps.storage import layout
@@ -81,7 +82,7 @@ class CoordinatorApp:
             self._journal = Journal.open(config.run_dir / "journal")
         try:
             with _without_collector():
-                history = self._open_history()
+                history = History("", config.contributions, self._journal.take_records())
             job_json = _with_contributions(job_json, config.contributions, history.contributions)
             candidates, rejected = _candidates(config.checkpoint_dir)
             term = self._journal.begin_term()
@@ -120,6 +121,7 @@ class CoordinatorApp:
             self._end,
             security,
         )
+        self._summarizer = Summarizer(self._journal)
         self._health = Health(self._server, SERVICE)
         enable_reflection(self._server, [pb.DESCRIPTOR.services_by_name["Coordinator"].full_name])
         servicer = CoordinatorServicer(
@@ -133,15 +135,8 @@ class CoordinatorApp:
         )
         pb_grpc.add_CoordinatorServicer_to_server(servicer, self._server)
 
-    def _open_history(self) -> History:
-        """The run's name and C are drawn once, and journaled."""
-        records = self._journal.take_records()
-        first = next((r for r in records if r["type"] == "run"), None)
-        if first is not None:
-            return History(first["run"], first["contributions"], records)
-        return History("", self._config.contributions, records)
-
     def _name_run(self, history: History) -> None:
+        """The run's name and C are drawn once, and journaled."""
         if not history.run:
             history.run = secrets.token_hex(8)
             record = {"type": "run", "run": history.run, "contributions": history.contributions}
@@ -156,6 +151,7 @@ class CoordinatorApp:
         try:
             self._effects.members_changed()
             self._loop.start()
+            self._summarizer.start()
             self._server.start()
             self._health.serving()
             log.info("listening on %s, term %d", self._self.address, self._machine.fence.term)
@@ -166,6 +162,7 @@ class CoordinatorApp:
             self._loop.stop()
             self._server.stop(grace=0.5).wait(5.0)
             self._effects.close()
+            self._summarizer.stop()
             self._journal.close()
         ok, reason = self._outcome
         if not ok:

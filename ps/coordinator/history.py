@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ps.coordinator.decision import same_content
+from ps.coordinator.step_set import StepSet
 from ps.errors import MismatchError
 from ps.types import Decision, ParameterTable
-from ps.wire.proto import from_record
+from ps.wire.proto import from_record, to_record
 
 #: Decisions that are kept in memory; older ones stay in the journal.
 KEEP = 4096
@@ -38,11 +39,11 @@ class History:
         #: The lives that were part of the run when the coordinator ended, and some that had ended before unseen.
         self.there: set[int] = set()
         #: Steps that metrics.jsonl has a line of.
-        self.recorded: set[int] = set()
+        self.recorded = StepSet()
         for record in records:
             self._replay(record)
         last = self.last_decision
-        self.recorded = {step for step in self.recorded if last is not None and step <= last.step}
+        self.recorded.drop_from(last.version if last is not None else 0)
 
     @property
     def last_decision(self) -> Decision | None:
@@ -85,7 +86,7 @@ class History:
         for step in [step for step in self.decisions if step >= version]:
             self.superseded[step] = self.decisions.pop(step)
         self.evaluations = {v: result for v, result in self.evaluations.items() if v <= version}
-        self.recorded = {step for step in self.recorded if step < version}
+        self.recorded.drop_from(version)
 
     def set_model(
         self, who: str, table: ParameterTable, data_digest: str, evaluation_parts: int
@@ -116,9 +117,46 @@ class History:
             )
         return None
 
+    def packed(self) -> dict[str, Any]:
+        """All of it, as one record has it; `_unpack` is the reverse."""
+        return {
+            "run": self.run,
+            "contributions": self.contributions,
+            "table": self.table.packed() if self.table is not None else None,
+            "data_digest": self.data_digest,
+            "evaluation_parts": self.evaluation_parts,
+            "epoch": self.epoch,
+            "lineage": self.lineage,
+            "decisions": [to_record(decision) for decision in self.decisions.values()],
+            "superseded": [to_record(decision) for decision in self.superseded.values()],
+            "evaluations": list(self.evaluations.values()),
+            "last_overflow": self.last_overflow,
+            "primaries": self.primaries,
+            "standbys": self.standbys,
+            "there": sorted(self.there),
+            "recorded": self.recorded.runs(),
+        }
+
+    def _unpack(self, packed: dict[str, Any]) -> None:
+        self.run, self.contributions = packed["run"], packed["contributions"]
+        self.table = ParameterTable.unpack(packed["table"]) if packed["table"] is not None else None
+        self.data_digest, self.evaluation_parts = packed["data_digest"], packed["evaluation_parts"]
+        self.epoch, self.lineage = packed["epoch"], packed["lineage"]
+        self.decisions = _by_step(packed["decisions"])
+        self.superseded = _by_step(packed["superseded"])
+        self.evaluations = {result["version"]: result for result in packed["evaluations"]}
+        self.last_overflow = packed["last_overflow"]
+        self.primaries, self.standbys = dict(packed["primaries"]), dict(packed["standbys"])
+        self.there = set(packed["there"])
+        self.recorded = StepSet(packed["recorded"])
+
     def _replay(self, record: dict[str, Any]) -> None:
         kind = record["type"]
-        if kind == "model":
+        if kind == "summary":
+            self._unpack(record["of"])
+        elif kind == "run":
+            self.run, self.contributions = record["run"], record["contributions"]
+        elif kind == "model":
             self.table = ParameterTable.unpack(record["table"])
             self.data_digest = record["data_digest"]
             self.evaluation_parts = record["evaluation_parts"]
@@ -144,3 +182,12 @@ class History:
         elif kind == "evaluation":
             result = {key: value for key, value in record.items() if key not in ("type", "at")}
             self.evaluations[result["version"]] = result
+
+
+def fold(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What records amount to, for a journal's summary."""
+    return History("", 0, records).packed()
+
+
+def _by_step(records: Sequence[dict[str, Any]]) -> dict[int, Decision]:
+    return {record["step"]: from_record(Decision, record) for record in records}

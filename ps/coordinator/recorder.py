@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ps import failpoints
 from ps.coordinator.members import MemberState
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 
 #: A line per step and evaluation, in the run folder.
 METRICS_NAME = "metrics.jsonl"
+#: The file is read from its end, so much at a time.
+_BLOCK_BYTES = 64 << 10
 #: Between two attempts to write what could not be written.
 RETRY_S = 1.0
 
@@ -117,10 +120,15 @@ class Recorder:
         failpoints.hit("record.after", line["kind"])
 
     def _clean(self) -> None:
-        data = self._metrics.read_bytes() if self._metrics.exists() else b""
-        kept = b"".join(line for line in data.splitlines(keepends=True) if self._may_stay(line))
-        if kept != data:
-            write_atomic(self._metrics, kept)
+        """Cut what does not belong there: it is always the last that was written."""
+        if self._metrics.exists():
+            with self._metrics.open("r+b") as file:
+                end = file.seek(0, os.SEEK_END)
+                for start, line in _lines_backwards(file, end):
+                    if self._may_stay(line):
+                        break
+                    end = start
+                file.truncate(end)
         self._wanted.clear()
         self._is_unclean = False
 
@@ -156,6 +164,24 @@ class Recorder:
         # Of those who are there nobody outlives the host: its disk need not be waited for, which may take seconds.
         for name, content in (("cluster.json", entries), ("targets.json", targets)):
             write_atomic(self._run_dir / name, (json.dumps(content, indent=1) + "\n").encode(), durable=False)
+
+
+def _lines_backwards(file: BinaryIO, end: int) -> Iterator[tuple[int, bytes]]:
+    """Where each line begins, and the line, from the last one on."""
+    rest = b""
+    while end > 0:
+        size = min(end, _BLOCK_BYTES)
+        end -= size
+        file.seek(end)
+        first, *lines = (file.read(size) + rest).splitlines(keepends=True)
+        start = end + len(first) + sum(map(len, lines))
+        for line in reversed(lines):
+            start -= len(line)
+            yield start, line
+        # It may have begun before.
+        rest = first
+    if rest:
+        yield 0, rest
 
 
 def _belongs(line: dict[str, Any], version: int) -> bool:

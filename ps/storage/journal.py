@@ -1,7 +1,8 @@
 """The coordinator's commit journal: what was decided, on local disk, one segment file per term.
 
-    journal/lock              held (flock) by the one coordinator that writes here; its process id
-    journal/term-000001.log   records; the first is {"type": "term", "term": 1}
+    journal/lock   held (flock) by the one coordinator that writes here; its process id
+
+and the files of `ps.storage.journal_files`.
 
 A segment gets its name only when its first record is on disk. A killed coordinator, or a host that
 lost power, leaves at most a torn tail in the last segment: it is cut at the next start. Anything
@@ -11,11 +12,10 @@ else that cannot be read is damage, and never skipped over.
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
-import re
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,30 +24,10 @@ from ps import failpoints
 from ps.errors import JournalDamaged, StorageError, WaitTimeout
 from ps.storage import segment
 from ps.storage.files import AtomicFile, append_all, make_directory, reason, sweep
+from ps.storage.journal_files import Found, Place, find, segment_path, write_summary
 from ps.storage.segment import Record
 
-logger = logging.getLogger(__name__)
-
-_SEGMENT_NAME = re.compile(r"term-(\d{6,})\.log")
 SYNC_TIMEOUT_S = 60.0
-
-
-def segment_path(folder: Path, term: int) -> Path:
-    """Where the records of a term are."""
-    return folder / f"term-{term:06d}.log"
-
-
-def read(folder: Path) -> list[Record]:
-    """Return the records of all terms, of a journal that its coordinator may be writing: a torn tail is left out.
-
-    Raises:
-        JournalDamaged: a record before the tail cannot be read; names file and offset.
-        StorageError: the folder cannot be read.
-    """
-    try:
-        return _read(folder, settle=False)[0]
-    except OSError as error:
-        raise StorageError(f"the journal {folder} cannot be read: {reason(error)}") from error
 
 
 class Journal:
@@ -56,13 +36,15 @@ class Journal:
     Concurrency: thread-safe; records are in the order of the calls. One daemon thread fsyncs.
     """
 
-    def __init__(self, folder: Path, lock_fd: int, records: list[Record], terms: int) -> None:
+    def __init__(self, folder: Path, lock_fd: int, found: Found) -> None:
         """Use `Journal.open`."""
         self.folder = folder
-        self._records = records
+        self._records = found.records
         self.term = 0
-        self._terms = terms
-        self._sequence = len(records)
+        self._terms = found.terms
+        self._sequence = found.end.sequence
+        #: Records that the summary of the files stands for, as they were opened.
+        self.summarized = found.summarized
         self._lock_fd: int | None = lock_fd
         self._fd: int | None = None
         self._end = 0
@@ -75,7 +57,7 @@ class Journal:
 
     @classmethod
     def open(cls, folder: Path) -> Journal:
-        """Lock the journal in `folder` (created when missing), cut a torn tail, read all records.
+        """Lock the journal in `folder` (created when missing), cut a torn tail, read the records.
 
         Raises:
             JournalDamaged: another process holds it (named), or a record before the tail cannot be
@@ -87,19 +69,46 @@ class Journal:
         lock_fd = _lock(folder)
         try:
             sweep(folder)
-            records, terms = _read(folder, settle=True)
+            found = find(folder, settle=True, summarized=True)
         except OSError as error:
             os.close(lock_fd)
             raise StorageError(f"the journal {folder} cannot be read: {reason(error)}") from error
         except BaseException:
             os.close(lock_fd)
             raise
-        return cls(folder, lock_fd, records, terms)
+        return cls(folder, lock_fd, found)
 
     def take_records(self) -> list[Record]:
-        """The records of all terms, in order, as they were when the journal was opened; once, then they are let go."""
+        """The records of all terms, in order, as they were when the journal was opened; once, then they are let go.
+
+        A summary stands for those that it is of, as a record {"type": "summary", "of": what `summarize` was given}.
+        """
         records, self._records = self._records, []
         return records
+
+    @property
+    def length(self) -> int:
+        """Records of all terms."""
+        return self._sequence
+
+    def summarize(self, fold: Callable[[Sequence[Record]], Record]) -> None:
+        """Write down what all records up to now amount to: the next opening need not read them.
+
+        Args:
+            fold: what records amount to, the first of which may be a summary itself. A pure function.
+
+        Raises:
+            StorageError: it cannot be written, the journal cannot be read, or is unusable.
+            WaitTimeout: the records are not on disk in time.
+        """
+        with self._changed:
+            self._wait_synced(SYNC_TIMEOUT_S)
+            place = Place(self.term, self._end, self._sequence)
+        try:
+            records = find(self.folder, summarized=True, until=place).records
+        except OSError as error:
+            raise StorageError(f"the journal {self.folder} cannot be read: {reason(error)}") from error
+        write_summary(self.folder, place, fold(records))
 
     def begin_term(self) -> int:
         """Take the next term; it is on disk, and can never be taken again, when this returns.
@@ -280,57 +289,3 @@ def _lock(folder: Path) -> int:
         os.close(fd)
         raise StorageError(f"{path} cannot be locked: {reason(error)}") from error
     return fd
-
-
-def _read(folder: Path, settle: bool) -> tuple[list[Record], int]:
-    """Return the records of all segments and the number of terms.
-
-    Args:
-        settle: cut a torn tail, and have the last segment on disk.
-    """
-    terms = sorted(int(m[1]) for entry in folder.iterdir() if (m := _SEGMENT_NAME.fullmatch(entry.name)))
-    for expected, term in enumerate(terms, 1):
-        if term != expected:
-            raise JournalDamaged(
-                f"the journal {folder} has {segment_path(folder, term).name} but no "
-                f"{segment_path(folder, expected).name}; {_WAY_OUT}"
-            )
-    records: list[Record] = []
-    for term in terms:
-        path, last = segment_path(folder, term), term == terms[-1]
-        data = path.read_bytes()
-        found = _scan_segment(path, data, term, len(records), last)
-        if settle and last:
-            _settle(path, len(data), found)
-        records.extend(found.records)
-    return records, len(terms)
-
-
-_WAY_OUT = "restore it, or move the journal folder away and resume from a checkpoint"
-
-
-def _scan_segment(path: Path, data: bytes, term: int, sequence: int, last: bool) -> segment.Scan:
-    found = segment.scan(data, sequence)
-    # The first record was on disk before the segment had its name: without it, nothing was torn.
-    if not found.records or found.records[0] != {"type": "term", "term": term}:
-        raise JournalDamaged(
-            f"{path}, offset 0: {found.problem or 'nothing'} instead of the record of term {term}; {_WAY_OUT}"
-        )
-    if found.problem is not None and (not last or found.more):
-        raise JournalDamaged(f"{path}, offset {found.end}: {found.problem}; {_WAY_OUT}")
-    return found
-
-
-def _settle(path: Path, size: int, found: segment.Scan) -> None:
-    """Cut the torn tail, and put the rest on disk before a newer segment can be."""
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        if found.end < size:
-            logger.warning(
-                "%s: %s at offset %d, %d bytes cut: the tail was torn when its writer died",
-                path, found.problem, found.end, size - found.end,
-            )  # fmt: skip
-            os.ftruncate(fd, found.end)
-        os.fsync(fd)
-    finally:
-        os.close(fd)

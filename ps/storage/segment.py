@@ -80,6 +80,13 @@ def scan(data: bytes, sequence: int) -> Scan:
     return Scan(tuple(records), position, None, more=False)
 
 
+def read_one(data: bytes) -> tuple[int, Record | None]:
+    """Return the sequence number and the record of bytes that should be one record; None: they are not."""
+    sequence, payload, problem = _payload_at(data, 0)
+    whole = problem is None and HEADER_BYTES + len(payload) == len(data)
+    return sequence, _decode(payload) if whole else None
+
+
 def _payload_at(data: bytes, position: int) -> tuple[int, bytes, str | None]:
     """Return (sequence, payload, problem) of the record at `position`."""
     start = position + HEADER_BYTES

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ps.storage import newest, version_of
-from ps.storage.journal import read
+from ps.storage.journal_files import read
 from tests.support import kneading
 from tests.support.cluster import Finished
 from tests.support.eventually import eventually

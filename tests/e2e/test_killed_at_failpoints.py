@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from ps import failpoints
-from ps.storage.journal import read
+from ps.storage.journal_files import read
 from tests.support import endless, kneading
 from windlass.testing import LocalCluster
 from workers.launch.metrics import Tail

@@ -9,7 +9,7 @@ import pytest
 from protos.ps.v1 import coordinator_pb2 as pb
 from ps.coordinator import metrics
 from ps.coordinator.audit import audit
-from ps.storage.journal import read
+from ps.storage.journal_files import read
 from tests.multiprocess.conftest import MakeJob
 from tests.support.cluster import Workers, train
 from tests.support.eventually import eventually

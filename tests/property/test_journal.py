@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ps.errors import JournalDamaged
 from ps.storage import Journal
-from ps.storage.journal import segment_path
+from ps.storage.journal_files import segment_path
 from ps.storage.segment import encode, scan
 
 values = st.recursive(

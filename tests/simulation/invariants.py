@@ -17,6 +17,7 @@
    overflowed, and for a standby that took over, which has no journal before the next checkpoint.
 11. A checkpoint is completed when all its files are there, and holds what the sequential model does, to the bit.
 12. Of everything that is dealt to a worker it is told.
+13. A coordinator that begins with a journal's summary knows what the whole journal says.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from ps.config import RunConfig
 from ps.coordinator.actions import TellDeal
 from ps.coordinator.decision import TrainingState
 from ps.coordinator.history import History
+from ps.coordinator.machine import Machine
 from ps.coordinator.serving import Serving
 from ps.coordinator.snapshots import Snapshots
 from ps.coordinator.standbys import Standbys
@@ -43,6 +45,7 @@ from ps.shard.protocol import StepProtocol
 from ps.shard.seat import Seat
 from ps.shard.service import ShardHost
 from ps.storage.journal import Journal
+from ps.storage.journal_files import read
 from ps.storage.layout import checkpoint_folder
 from ps.storage.manifest import read_manifest
 from ps.storage.reader import CheckpointReader
@@ -102,7 +105,7 @@ class Watch:
             for owner, name, looking in (
                 (Journal, "append", self._on_append),
                 (Journal, "begin_term", self._on_term),
-                (History, "__init__", self._on_history),
+                (Machine, "__init__", self._on_machine),
                 (ShardHost, "__init__", self._on_host),
                 (ShardEngine, "__init__", self._on_engine),
                 (ShardEngine, "_close_step", self._on_close_step),
@@ -252,8 +255,13 @@ class Watch:
         self._note(f"term {term} begins")
         return term
 
-    def _on_history(self, call: Callable[..., None], history: History, *arguments: Any) -> None:
-        call(history, *arguments)
+    def _on_machine(
+        self, call: Callable[..., None], machine: Machine, config: RunConfig, history: History, *arguments: Any
+    ) -> None:
+        whole, known = _facts(History("", 0, read(config.run_dir / "journal"))), _facts(history)
+        other = [name for name in whole if known[name] != whole[name]]
+        self.expect(not other, lambda: f"with a summary there is another {', '.join(other)}")
+        call(machine, config, history, *arguments)
         # What power took is decided again.
         last = history.last_decision
         self._next_step = last.version if last is not None else 0
@@ -410,6 +418,11 @@ def _around(owner: type, name: str, looking: Callable[..., Any]) -> Iterator[Non
         yield
     finally:
         setattr(owner, name, real)
+
+
+def _facts(history: History) -> dict[str, Any]:
+    table = history.table
+    return {**vars(history), "table": table.packed() if table is not None else None, "recorded": list(history.recorded)}
 
 
 def _short(record: dict[str, Any]) -> str:

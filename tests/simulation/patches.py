@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ps.coordinator import app as coordinator_app
-from ps.coordinator import effects
+from ps.coordinator import effects, summarizer
 from ps.kernels import reduce as kernels
 from ps.shard import app as shard_app
 from ps.shard.store import Store
@@ -69,6 +69,8 @@ def _of_every_simulation() -> list[tuple[Any, str, Any]]:
     found += [(shard_app, "Health", _Mute), (shard_app, "warm_up", _nothing), (shard_app, "check_denormals", _nothing)]
     found += [(module, "enable_reflection", _nothing) for module in (coordinator_app, shard_app)]
     found.append((effects, "distribution_version", functools.cache(effects.distribution_version)))
+    # A coordinator that starts again has a summary to begin with.
+    found += [(summarizer, "EVERY_RECORDS", 20), (summarizer, "CHECK_S", 0.1)]
     # A segment of 65,536 elements would take a thousand times as long to compute as its message takes to be handled.
     return [*found, (plan, "SEGMENT", sequential.CHUNK)]
 

@@ -282,6 +282,11 @@ def tell_of_some_of_what_is_dealt() -> contextlib.AbstractContextManager[None]:
     return _instead(Run, "ask", ask)
 
 
+def a_summary_that_lacks_something() -> contextlib.AbstractContextManager[None]:
+    """What the journal says of the last epoch's shards is not in its summary."""
+    return _instead(History, "packed", lambda real, self: {**real(self), "primaries": {}})
+
+
 #: Found where a shard that dies comes back: one that is replaced at once hides some of them.
 ALONE: tuple[Plant, ...] = (
     count_a_duplicate,
@@ -304,6 +309,7 @@ ALONE: tuple[Plant, ...] = (
     snapshot_while_it_changes,
     report_before_it_is_written,
     tell_of_some_of_what_is_dealt,
+    a_summary_that_lacks_something,
 )
 #: Those that show when shards die, one soon after the other.
 OF_DEATHS: tuple[Plant, ...] = (skip_the_fence_of_answers, report_before_it_is_written)

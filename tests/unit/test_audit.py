@@ -11,7 +11,8 @@ import pytest
 
 from ps.coordinator.accounts import accounts
 from ps.coordinator.audit import Audit, audit
-from ps.storage.journal import Journal, read
+from ps.storage.journal import Journal
+from ps.storage.journal_files import read
 from ps.types import ContributionReport, Fence, Prepared
 from tests.support.fake_run import FakeRun, make_config
 from tests.support.untrained import make_run

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import msgpack
 import pytest
 
 from ps.coordinator import history as module
-from ps.coordinator.history import History
+from ps.coordinator.history import History, fold
 from ps.errors import MismatchError
 from ps.types import Decision, Fence, GroupScalars, ParameterTable, TensorSpec
 from ps.wire.proto import to_record
+from tests.support.fake_run import FakeRun, make_config
 
 TABLE = ParameterTable((TensorSpec("a", (3, 4)), TensorSpec("b", (5,), 1)))
 
@@ -68,7 +70,7 @@ def test_a_journal_is_replayed() -> None:
     assert history.table == TABLE
     assert (history.data_digest, history.evaluation_parts, history.epoch) == ("digest", 3, 1)
     assert repr(history.last_decision) == repr(decision(1))
-    assert history.recorded == {0}
+    assert list(history.recorded) == [0]
     assert history.evaluations == {2: {"version": 2, "loss": 3.0}}
     assert history.next_epoch() == 2
 
@@ -80,7 +82,7 @@ def test_a_rollback_takes_decisions_back() -> None:
     history = replay(*records, *applied, *evaluations, {"type": "rollback", "epoch": 2, "version": 3})
     assert sorted(history.decisions) == [0, 1, 2]
     assert sorted(history.superseded) == [3, 4]
-    assert history.recorded == {0, 1, 2}
+    assert list(history.recorded) == [0, 1, 2]
     assert sorted(history.evaluations) == [2, 3]
     # Made again after it, they count again.
     again = replay(*records, {"type": "rollback", "epoch": 2, "version": 3}, record(decision(3, fence=Fence(1, 2))))
@@ -90,7 +92,7 @@ def test_a_rollback_takes_decisions_back() -> None:
 
 def test_a_line_of_a_decision_that_was_lost_is_written_again() -> None:
     history = replay(record(decision(0)), {"type": "applied", "step": 0}, {"type": "applied", "step": 1})
-    assert history.recorded == {0}
+    assert list(history.recorded) == [0]
 
 
 def test_adopting_what_a_shard_heard() -> None:
@@ -142,4 +144,23 @@ def test_the_lines_of_a_long_run_stay_confirmed(monkeypatch: pytest.MonkeyPatch)
         records += [record(decision(number)), {"type": "applied", "step": number, "hashes": []}]
     history = replay(*records)
     assert len(history.decisions) < 30
-    assert history.recorded == set(range(30))
+    assert list(history.recorded) == list(range(30))
+
+
+def test_what_records_amount_to_stands_for_them(tmp_path: Path) -> None:
+    """Wherever the journal of a run is cut: its summary and the rest say what all of it does."""
+    run = FakeRun(make_config(tmp_path, training={"steps": 12}, evaluation={"every_steps": 4}))
+    run.everybody()
+    run.run_to(7)
+    run.kill_worker(0)
+    run.step(1.0)
+    run.join_shard(0)
+    run.run()
+    records = [msgpack.unpackb(msgpack.packb(r)) for r in run.records]
+    assert {r["type"] for r in records} >= {"decision", "applied", "evaluation", "rollback", "gone", "live", "epoch"}
+    whole = History("run", 2, records).packed()
+    for cut in range(len(records) + 1):
+        of = msgpack.unpackb(msgpack.packb(fold(records[:cut])), strict_map_key=False)
+        again = History("", 0, [{"type": "summary", "of": of}, *records[cut:]])
+        again.run, again.contributions = "run", 2
+        assert repr(again.packed()) == repr(whole), cut

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import resource
 from collections.abc import Iterator
@@ -107,8 +109,12 @@ def test_a_rewind_that_cannot_be_written_is_carried_out_later(folder: Path, monk
     recorder = Recorder(folder, "run")
     for number in range(4):
         recorder.record(step(number))
-    with full():
-        recorder.record(step(4))
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as failing:
+        failing.setattr("ps.coordinator.recorder._lines_backwards", fail)
         recorder.rewind(2)
         # Made again, and gone back once more.
         for number in (2, 3):
@@ -181,9 +187,25 @@ def test_lines_that_the_journal_does_not_confirm_are_dropped(tmp_path: Path) -> 
     recorder = Recorder(tmp_path, "run")
     for step in range(4):
         recorder.record({"kind": "step", "step": step})
-    recorder.record({"kind": "evaluation", "version": 2})
-    recorder.record({"kind": "evaluation", "version": 4})
-    recorder.keep({0, 1, 2}, {2})
+        recorder.record({"kind": "evaluation", "version": step + 1})
+    recorder.keep({0, 1, 2}, {1, 2})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "step"] == [0, 1, 2]
-    assert [line["version"] for line in lines if line["kind"] == "evaluation"] == [2]
+    assert [line["version"] for line in lines if line["kind"] == "evaluation"] == [1, 2]
+
+
+@pytest.mark.parametrize("block", [1, 7, 60, 10_000])
+def test_only_the_end_of_a_long_file_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr("ps.coordinator.recorder._BLOCK_BYTES", block)
+    recorder = Recorder(folder, "run")
+    for number in range(40):
+        recorder.record(step(number))
+    whole = (folder / "metrics.jsonl").read_bytes()
+    recorder.rewind(37)
+    assert lines(folder) == [step(number) for number in range(37)]
+    # What comes before is not even looked at.
+    (folder / "metrics.jsonl").write_bytes(b"?\n" + whole[2:] + b"torn")
+    again = Recorder(folder, "run")
+    assert (folder / "metrics.jsonl").read_bytes() == b"?\n" + whole[2:]
+    again.rewind(0)
+    assert lines(folder) == []

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import resource
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,8 @@ import pytest
 from ps.errors import JournalDamaged, StorageError, WaitTimeout
 from ps.storage import Journal
 from ps.storage.files import append_all
-from ps.storage.journal import segment_path
-from ps.storage.segment import encode
+from ps.storage.journal_files import read, segment_path
+from ps.storage.segment import Record, encode, read_one
 from tests.support.checkpoints import names_in
 from tests.support.eventually import eventually
 
@@ -335,3 +337,156 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="file/journal cannot be created"):
         Journal.open(tmp_path / "file" / "journal")
+
+
+# -- Summaries --------------------------------------------------------------------------------------
+
+
+def numbers(records: Sequence[Record]) -> Record:
+    """What records amount to: the steps of their decisions."""
+    steps: list[int] = []
+    for record in records:
+        steps += record["of"]["steps"] if record["type"] == "summary" else []
+        steps += [record["step"]] if record["type"] == "decision" else []
+    return {"steps": steps}
+
+
+def summarized(folder: Path, *counts: int) -> list[int]:
+    """A term for each number of decisions, with a summary in the middle of each; returns the steps of the decisions."""
+    steps: list[int] = []
+    for count in counts:
+        with Journal.open(folder) as journal:
+            journal.begin_term()
+            for number in range(count):
+                if number == count // 2:
+                    journal.summarize(numbers)
+                journal.append(decision(number))
+                steps.append(number)
+    return steps
+
+
+def test_a_journal_is_read_from_its_summary_on(tmp_path: Path) -> None:
+    steps = summarized(tmp_path, 4, 0, 6)
+    # Nothing before it is looked at.
+    for term in (1, 2):
+        segment_path(tmp_path, term).write_bytes(b"?")
+    with Journal.open(tmp_path) as journal:
+        first, *rest = journal.take_records()
+        assert first["of"] == {"steps": steps[: 4 + 3]}
+        assert rest == [decision(number) for number in (3, 4, 5)]
+        assert (journal.length, journal.summarized) == (13, 4 + 1 + 1 + 1 + 3)
+        assert journal.begin_term() == 4
+        journal.append(decision(9))
+    with Journal.open(tmp_path) as journal:
+        assert numbers(journal.take_records()) == {"steps": [*steps, 9]}
+
+
+def test_a_journal_with_a_summary_is_whole_all_the_same(tmp_path: Path) -> None:
+    steps = summarized(tmp_path, 4, 6)
+    assert numbers(read(tmp_path)) == {"steps": steps}
+    assert not [record for record in read(tmp_path) if record["type"] == "summary"]
+
+
+def damaged(data: bytes) -> bytes:
+    return data[:40] + bytes([data[40] ^ 1]) + data[41:]
+
+
+def elsewhere(data: bytes) -> bytes:
+    """Of a place that is not between two records."""
+    sequence, record = read_one(data)
+    assert record is not None
+    return encode({**record, "offset": record["offset"] - 1}, sequence)
+
+
+def of_another_number(data: bytes) -> bytes:
+    sequence, record = read_one(data)
+    assert record is not None
+    return encode(record, sequence - 1)
+
+
+def beyond_the_end(data: bytes) -> bytes:
+    sequence, record = read_one(data)
+    assert record is not None
+    return encode({**record, "offset": 1 << 20}, sequence)
+
+
+def of_a_later_term(data: bytes) -> bytes:
+    sequence, record = read_one(data)
+    assert record is not None
+    return encode({**record, "term": 7, "offset": 0}, sequence)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [damaged, elsewhere, of_another_number, beyond_the_end, of_a_later_term, lambda _: b"", lambda _: decision_only()],
+)
+def test_a_summary_that_does_not_fit_is_passed_over(
+    tmp_path: Path, spoil: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    steps = summarized(tmp_path, 4, 6)
+    path = tmp_path / "summary"
+    path.write_bytes(spoil(path.read_bytes()))
+    with Journal.open(tmp_path) as journal:
+        records = journal.take_records()
+        assert [record["type"] for record in records] == ["term", *["decision"] * 4, "term", *["decision"] * 6]
+        assert numbers(records) == {"steps": steps}
+        assert (journal.length, journal.summarized) == (12, 0)
+    assert re.search("summary (is damaged|does not fit)", caplog.text)
+
+
+def test_a_summary_that_cannot_be_read_is_passed_over(tmp_path: Path) -> None:
+    records = write(tmp_path, 2)
+    (tmp_path / "summary").mkdir()
+    with Journal.open(tmp_path) as journal:
+        assert journal.take_records() == records
+
+
+def decision_only() -> bytes:
+    return encode(decision(0), 3)
+
+
+def test_a_torn_tail_behind_a_summary_is_cut(tmp_path: Path) -> None:
+    with Journal.open(tmp_path) as journal:
+        journal.begin_term()
+        journal.append(decision(0))
+        journal.summarize(numbers)
+        journal.append(decision(1))
+    path = segment_path(tmp_path, 1)
+    os.truncate(path, path.stat().st_size - 1)
+    with Journal.open(tmp_path) as journal:
+        (only,) = journal.take_records()
+        assert only["of"] == {"steps": [0]}
+    assert path.stat().st_size == only["offset"]
+
+
+def test_damage_behind_a_summary_names_file_and_offset(tmp_path: Path) -> None:
+    summarized(tmp_path, 6)
+    path = segment_path(tmp_path, 1)
+    data = path.read_bytes()
+    size = len(encode(decision(5), 6))
+    path.write_bytes(data[: -size - 1] + bytes([data[-size - 1] ^ 1]) + data[-size:])
+    offset = len(data) - size - len(encode(decision(4), 5))
+    with pytest.raises(JournalDamaged, match=rf"term-000001\.log, offset {offset}: a damaged record"):
+        Journal.open(tmp_path)
+
+
+def test_a_summary_that_cannot_be_written_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Journal.open(tmp_path) as journal:
+        journal.begin_term()
+        journal.append(decision(0))
+        journal.summarize(numbers)
+        journal.append(decision(1), sync=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            with pytest.raises(StorageError, match="summary cannot be written: No space left"):
+                journal.summarize(numbers)
+        journal.append(decision(2))
+    assert names_in(tmp_path) == ["lock", "summary", "term-000001.log"]
+    with Journal.open(tmp_path) as journal:
+        assert numbers(journal.take_records()) == {"steps": [0, 1, 2]}
+        assert journal.summarized == 2

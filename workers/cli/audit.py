@@ -9,7 +9,7 @@ import typer
 
 from ps.coordinator.audit import Audit, Event, Step, audit
 from ps.errors import ConfigError
-from ps.storage.journal import read
+from ps.storage.journal_files import read
 from workers.cli.arguments import Run
 from workers.launch.folder import RunFolder
 
