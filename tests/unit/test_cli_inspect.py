@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from ps.storage import checkpoint_folder
+from ps.errors import StorageError
+from ps.storage import checkpoint_folder, read_manifest
+from ps.storage.manifest import MANIFEST_NAME
 from tests.support.checkpoints import sealed
 from tests.support.untrained import fresh_model, make_run, write_model
 from workers.cli import report
 from workers.cli.main import main
 from workers.data.batches import HeldOut
 from workers.data.prepare import prepare
-from workers.launch.folder import RunFolder
+from workers.launch.folder import RunFolder, from_newest
 from workers.models.evaluate import evaluate_windows
 
 
@@ -49,6 +52,54 @@ def test_evaluate_says_what_the_workers_would_say(run: Path, capsys: pytest.Capt
     assert "(step 40)" in out
     assert f"loss {loss_sum / tokens:.4f} nats" in out
     assert f"{bits:.4f} bits per byte ({tokens:,} tokens, {held_out.bytes_of(0):,} bytes)" in out
+
+
+def test_a_checkpoint_that_a_running_job_removes_meanwhile_is_not_missed(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, "One line of text.\n" * 400)
+    for version in (40, 50):
+        write_model(folder, folder.read_job(), version)
+    seen = []
+
+    def use(checkpoint: Path) -> str:
+        seen.append(checkpoint.name)
+        if len(seen) == 1:
+            write_model(folder, folder.read_job(), 60)
+            (checkpoint / MANIFEST_NAME).unlink()
+        read_manifest(checkpoint)
+        return checkpoint.name
+
+    assert from_newest(folder.path, use) == "step-00000060"
+    assert seen == ["step-00000050", "step-00000060"]
+    # One that was named is that one and no other.
+    named = checkpoint_folder(folder.path / "checkpoints", 60)
+
+    def remove(checkpoint: Path) -> None:
+        (checkpoint / MANIFEST_NAME).unlink()
+        read_manifest(checkpoint)
+
+    with pytest.raises(StorageError, match="step-00000060"):
+        from_newest(named, remove)
+
+
+def test_what_is_evaluated_is_what_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A running job may complete another one meanwhile."""
+    found = checkpoint_folder(run / "checkpoints", 40)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("workers.cli.inspect.find_checkpoint", lambda _: Path("another one"))
+        assert call(capsys, "evaluate", str(run))[1].startswith(f"{found} (step 40)")
+
+
+def test_of_a_damaged_checkpoint_the_one_before_it_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path, "One line of text.\n" * 400)
+    for version in (40, 50):
+        write_model(folder, folder.read_job(), version)
+    damaged = next(checkpoint_folder(folder.path / "checkpoints", 50).glob("*.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    code, _, err = call(capsys, "digest", str(folder.path))
+    assert code == 1
+    before = checkpoint_folder(folder.path / "checkpoints", 40)
+    assert re.search(rf"step-00000050.*; the one before it is {before}$", err.strip())
+    assert call(capsys, "digest", str(before))[0] == 0
 
 
 def test_sample_writes_the_same_for_the_same_seed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import typer
 from ps.errors import CheckpointNotFound, ConfigError
 from ps.storage.layout import checkpoint_folder, checkpoints
 from workers.cli.arguments import RunOrCheckpoint, TokenizerFile
-from workers.launch.folder import RunFolder, find_checkpoint
+from workers.launch.folder import RunFolder, from_newest
 
 
 class Dtype(StrEnum):
@@ -44,11 +44,13 @@ def export(
 
     transformers loads it as Llama, with AutoModelForCausalLM and AutoTokenizer.
     """
-    folder = find_checkpoint(run) if checkpoint is None else _named(run, checkpoint)
-
+    from workers.models.export import Exported
     from workers.models.export import export as write
 
-    done = write(run, folder, out, dtype.full_name, tokenizer, force)
+    def export_from(folder: Path) -> Exported:
+        return write(run, folder, out, dtype.full_name, tokenizer, force)
+
+    done = export_from(_named(run, checkpoint)) if checkpoint is not None else from_newest(run, export_from)
     print(
         f"{out}: {done.num_parameters:,} parameters of step {done.version} in {dtype.full_name}, "
         f"{done.num_bytes / 1e6:,.1f} MB\n"

@@ -7,19 +7,19 @@ from typing import Annotated
 import typer
 
 from workers.cli.arguments import RunOrCheckpoint, TokenizerFile, require_worker_extra
-from workers.launch.folder import find_checkpoint
+from workers.launch.folder import find_checkpoint, from_newest
 from workers.launch.metrics import evaluation_line
 
 
 def evaluate(run: RunOrCheckpoint) -> int:
     """Evaluate the newest checkpoint."""
-    folder = find_checkpoint(run)
+    find_checkpoint(run)
     require_worker_extra("evaluating")
 
     from workers.engine import restore
 
     restored = restore.load_model(run)
-    print(f"{folder} (step {restored.version}): {evaluation_line(restore.evaluate(restored))}")
+    print(f"{restored.folder} (step {restored.version}): {evaluation_line(restore.evaluate(restored))}")
     return 0
 
 
@@ -47,9 +47,7 @@ def digest(run: RunOrCheckpoint) -> int:
 
     It covers the master weights and the optimizer's state, and does not depend on the number of shards.
     """
-    folder = find_checkpoint(run)
-
     from ps.storage.digest import digest as digest_of
 
-    print(digest_of(folder))
+    print(from_newest(run, digest_of))
     return 0

@@ -19,7 +19,7 @@ from workers.config import JobConfig
 from workers.data.batches import HeldOut
 from workers.data.bpe import END_OF_TEXT
 from workers.data.kept import Vocabulary, find, open_text
-from workers.launch.folder import find_checkpoint
+from workers.launch.folder import from_newest
 from workers.models.evaluate import evaluate_windows
 from workers.models.generate import decode, generate
 from workers.models.gpt import GPT
@@ -32,6 +32,8 @@ _PUBLISHED = {WireDtype.FP16: torch.float16, WireDtype.BF16: torch.bfloat16, Wir
 class Restored:
     """A model as the workers had it, and what goes with it."""
 
+    #: The checkpoint.
+    folder: Path
     model: GPT
     vocabulary: Vocabulary
     job: JobConfig
@@ -53,7 +55,10 @@ def load_model(path: Path, tokenizer: Path | None = None) -> Restored:
         MismatchError: it holds another model than its job says.
         DataError: there is no tokenizer, and no text to train it on again.
     """
-    folder = find_checkpoint(path)
+    return from_newest(path, lambda folder: _load(path, folder, tokenizer))
+
+
+def _load(path: Path, folder: Path, tokenizer: Path | None) -> Restored:
     manifest, _ = read_manifest(folder)
     job = validate(JobConfig, manifest.job)
     vocabulary = find(path, folder, manifest, tokenizer)
@@ -62,7 +67,7 @@ def load_model(path: Path, tokenizer: Path | None = None) -> Restored:
         reader.verify()
         _fill(model, reader, manifest, job)
     model.eval()
-    return Restored(model, vocabulary, job, manifest.version)
+    return Restored(folder, model, vocabulary, job, manifest.version)
 
 
 @torch.no_grad()

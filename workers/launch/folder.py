@@ -18,17 +18,20 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ps.config import validate
-from ps.errors import CheckpointNotFound, ConfigError, StartupError
+from ps.errors import CheckpointDamaged, CheckpointNotFound, ConfigError, PsError, StartupError
 from ps.storage.files import make_directory, reason, write_atomic
-from ps.storage.layout import newest
+from ps.storage.layout import checkpoints, newest
 from ps.storage.manifest import MANIFEST_NAME
 from workers.config import JobConfig
 from workers.launch import guidance
+
+Used = TypeVar("Used")
 
 
 @dataclass(frozen=True)
@@ -191,3 +194,24 @@ def find_checkpoint(path: Path) -> Path:
     if found is None:
         raise CheckpointNotFound(f"{path} has no complete checkpoint yet (looked in {job.checkpoint_dir})")
     return found
+
+
+def from_newest(path: Path, use: Callable[[Path], Used]) -> Used:
+    """Use a checkpoint as `find_checkpoint` finds it; where a running job removes it meanwhile, the next one.
+
+    Raises:
+        CheckpointNotFound, ConfigError: as `find_checkpoint`.
+        PsError: as `use`, of a checkpoint that is still there; of a damaged one with the one before it.
+    """
+    while True:
+        folder = find_checkpoint(path)
+        try:
+            return use(folder)
+        except PsError as error:
+            # Retention takes the manifest first. A newer one is complete by then, so this comes to an end.
+            if folder != path and not (folder / MANIFEST_NAME).exists():
+                continue
+            before = [other for other in checkpoints(folder.parent) if folder != path and other < folder]
+            if not isinstance(error, CheckpointDamaged) or not before:
+                raise
+            raise CheckpointDamaged(f"{error.message}; the one before it is {before[-1]}") from error
