@@ -313,6 +313,12 @@ class RunConfig(Section):
                 f"{self.cluster.workers}: nothing is computed until others join (windlass worker --coordinator "
                 "HOST:PORT)"
             )
+        if self.contributions < self.cluster.workers:
+            found.append(
+                f"cluster.workers={self.cluster.workers} is more than the contributions of a step: only "
+                f"{self.contributions} of them compute at a time, the others are spares. A run keeps "
+                f"batch.contributions_per_step={self.contributions} from its beginning; give more for more workers"
+            )
         return found
 
     @property

@@ -193,6 +193,8 @@ class Duty:
         dealt.known.update(deal.contributions)
         dealt.evaluate.extend(part for part in deal.evaluate if part not in dealt.known_parts)
         dealt.known_parts.update(deal.evaluate)
+        if not dealt.known and not dealt.known_parts:
+            self.doing("spare: others compute it")
         if deal.initialize:
             self._say("sending initial values")
             self._client.initialize()

@@ -136,7 +136,9 @@ class Machine(Run):
         if not member.live and member.ready:
             member.live = member.served = True
             member.since = now
-            log.info("%s is there", member.name)
+            is_spare = member.role is Role.WORKER and len(self.members.live_workers()) > self.history.contributions
+            spare = f", a spare: a step has {self.history.contributions} contributions" if is_spare else ""
+            log.info("%s is there%s", member.name, spare)
             self.ask(Journal({"type": "live", **self._who(member)}))
             self._welcome(member)
 

@@ -271,3 +271,14 @@ def test_there_are_no_steps_behind_the_end(stop_at: int | None, last: int | None
 def test_steps_in_a_job_file_need_no_quotes(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text("trace: {steps: 10:15}\n")
     assert load_job(tmp_path / "job.yaml", []).trace.range == range(10, 15)
+
+
+def test_more_workers_than_contributions_are_said_to_be_spares() -> None:
+    def doubts(**sections: Any) -> list[str]:
+        return validate(RunConfig, sections).doubts
+
+    assert doubts(cluster={"workers": 3}) == [], "one contribution each"
+    (few,) = doubts(cluster={"workers": 3}, batch={"contributions_per_step": 2})
+    assert "cluster.workers=3 is more than the contributions of a step: only 2 of them compute at a time" in few
+    (slots,) = doubts(cluster={"workers": 5}, batch={"micro_batches_per_step": 4})
+    assert "only 4 of them" in slots

@@ -36,7 +36,13 @@ class Bench:
         self.shard.source.decode = self._decode  # type: ignore[method-assign]
         self._version = -1
         self.sent: list[dict[str, Any]] = []
-        session: Any = SimpleNamespace(run="run", send=lambda **event: self.sent.append(event), doing=lambda *_: None)
+        #: What it has said that it does.
+        self.said: list[str] = []
+
+        def doing(text: str, _transport: str) -> None:
+            self.said.append(text)
+
+        session: Any = SimpleNamespace(run="run", send=lambda **event: self.sent.append(event), doing=doing)
         client = self.shard.parameters
         #: Seconds that pushing took beyond computing.
         self.push_s: list[float] = []
@@ -118,6 +124,16 @@ def in_thread(work: Callable[[], object]) -> threading.Thread:
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     return thread
+
+
+def test_who_is_dealt_nothing_says_so(bench: Bench) -> None:
+    bench.serve()
+    bench.deal(5)
+    bench.duty.take(0.0)
+    assert bench.said[-1] == "step 5: spare: others compute it"
+    bench.deal(5, 1)
+    assert not bench.ready()
+    assert bench.said[-1] == "step 5: waiting for weights"
 
 
 def test_the_first_weights_are_enough_where_layers_wait_for_theirs(bench: Bench) -> None:

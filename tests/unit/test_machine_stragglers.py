@@ -190,6 +190,16 @@ def test_a_stalled_owner_dies_after_somebody_else_was_given_its_work(tmp_path: P
 # -- How many workers there may be ------------------------------------------------------------------
 
 
+def test_a_worker_beyond_the_contributions_of_a_step_is_said_to_be_a_spare(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = straggling(tmp_path, workers=2, contributions=2)
+    with caplog.at_level("INFO"):
+        run.join_worker()
+        run.step()
+    assert "worker 2 is there, a spare: a step has 2 contributions" in caplog.messages
+
+
 def test_with_too_few_workers_nothing_is_dealt(tmp_path: Path) -> None:
     run = straggling(tmp_path, workers=2, min_workers=2)
     make_step(run, {0: 0.1, 1: 0.1})
