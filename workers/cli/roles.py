@@ -139,7 +139,9 @@ def worker(
     coordinator: Coordinator,
     rank: Annotated[
         int | None,
-        typer.Option(envvar="WINDLASS_RANK", min=0, help="Its number: a worker that has it is replaced. Default: a free one."),
+        typer.Option(
+            envvar="WINDLASS_RANK", min=0, help="Its number: a worker that has it is replaced. Default: a free one."
+        ),
     ] = None,
     device: Annotated[
         Device | None,
