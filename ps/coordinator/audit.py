@@ -109,7 +109,8 @@ class _Auditor:
         kind = record["type"]
         # A start loads version 0, which takes nothing back.
         if kind in _MEMBERSHIP and record.get("version") != self._version:
-            self.found.events.append(Event(record.get("step", self._version), record.get("at"), _describe(record)))
+            # By its place in the journal: a coordinator that has just begun does not know yet where the run is.
+            self.found.events.append(Event(self._version, record.get("at"), _describe(record)))
         if kind in self._take:
             self._take[kind](record)
 

@@ -68,6 +68,18 @@ def test_it_tells_who_came_and_went(run: FakeRun) -> None:
     assert told.index((2, "worker 1 broke its connection")) < told.index((3, "worker 1 is there"))
 
 
+def test_who_comes_back_to_a_new_coordinator_comes_back_where_the_run_was(run: FakeRun) -> None:
+    """It does not know yet which step is open."""
+    run.run_to(4)
+    records = [
+        *records_of(run),
+        {"type": "term", "term": 2},
+        {"type": "live", "role": "worker", "rank": 1, "life": 7, "step": 0},
+    ]
+    event = audit(records).events[-1]
+    assert (event.step, event.what.split(" (")[0]) == (4, "worker 1 is there")
+
+
 def test_a_rollback_is_told_and_what_is_made_again_must_be_the_same(run: FakeRun) -> None:
     run.run_to(5)
     run.join_shard(1)
