@@ -26,7 +26,9 @@ pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(180)]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedRun]:
     folder = tmp_path_factory.mktemp("services")
-    with launched("train", folder / "run", tiny_job(folder, "run", "training.steps=1000000")) as under_way:
+    # No step begins before both workers are there.
+    job = tiny_job(folder, "run", "training.steps=1000000", "membership.min_workers=2")
+    with launched("train", folder / "run", job) as under_way:
         under_way.wait_for_step(3)
         yield under_way
         under_way.process.terminate()

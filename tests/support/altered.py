@@ -19,13 +19,18 @@ Change = Callable[[int, int, Chunk, Tensor], None]
 
 def alter(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
     """Push other gradients than those that are computed; the sums on the device stay as they are."""
-    contribute, encode = Contributor.contribute, FlatModel.encode
-    #: What each model computes.
+    contribute, clear, encode = Contributor.contribute, FlatModel.clear, FlatModel.encode
+    #: What each model computes, and whose gradient it has: another one's until the first backward.
+    computed_by: dict[FlatModel, tuple[int, int]] = {}
     present: dict[FlatModel, tuple[int, int]] = {}
 
     def contributing(self: Contributor, step: int, contribution: int, loss_scale: float) -> Contribution:
-        present[self._flat] = (step, contribution)
+        computed_by[self._flat] = (step, contribution)
         return contribute(self, step, contribution, loss_scale)
+
+    def clearing(self: FlatModel, divide: bool) -> None:
+        present[self] = computed_by[self]
+        clear(self, divide)
 
     def encoding(self: FlatModel, chunk: Chunk, slots: int, room: np.ndarray) -> bytes:
         computed = self.gradients
@@ -37,4 +42,5 @@ def alter(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
             self.gradients = computed
 
     monkeypatch.setattr(Contributor, "contribute", contributing)
+    monkeypatch.setattr(FlatModel, "clear", clearing)
     monkeypatch.setattr(FlatModel, "encode", encoding)

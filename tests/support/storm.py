@@ -177,13 +177,14 @@ class Chain:
     # -- Contributor ----------------------------------------------------------------------------
 
     def contribute(self, step: int, contribution: int, loss_scale: float) -> Contribution:
-        self.gradients.fill(np.nan)
         truth = self._truth[step]
         for chunk in self._plan.chunks:
             self.duty.await_weights([chunk])
             self._check(step, chunk, truth)
             self._linger()
         self.duty.await_weights(None)
+        self.duty.forget_gradient()
+        self.gradients.fill(np.nan)
         begun: Contribution = self.duty.begin_push(contribution, lambda: (float(contribution), 1))
         slots = len(slot_range(contribution, CONTRIBUTIONS, SLOTS))
         left: list[Chunk] = []

@@ -220,12 +220,12 @@ def test_a_run_that_needs_more_workers_than_it_starts_is_warned_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They may join by hand, so it is no error."""
-    job = [f"run_dir={tmp_path / 'run'}", "membership.min_workers=9", "cluster.workers=2"]
-    warning = "windlass: warning: membership.min_workers=9 is more than cluster.workers=2: nothing is computed until"
+    job = [f"run_dir={tmp_path / 'run'}", "membership.min_workers=4", "cluster.workers=2"]
+    warning = "windlass: warning: membership.min_workers=4 is more than cluster.workers=2: nothing is computed until"
     code, _, err = call(capsys, *job)
     assert code == 0
     assert err.startswith(warning)
-    assert call(capsys, *job[:2], "cluster.workers=9")[2] == ""
+    assert call(capsys, *job[:2], "cluster.workers=4")[2] == ""
 
     def launcher(*_: object) -> None:
         raise StartupError("as far as this test goes")
