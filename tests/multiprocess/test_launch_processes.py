@@ -189,6 +189,16 @@ def test_a_role_that_cannot_start_says_why_in_one_line(cluster: Callable[..., Cl
     assert "error='worker-1: worker-1 has no port'" in out
 
 
+def test_what_the_coordinator_logs_as_an_error_is_said(cluster: Callable[..., Cluster]) -> None:
+    made = cluster(coordinator_0="complains")
+    made.up()
+    (made.run / "finish").touch()
+    code, out = made.end()
+    assert code == 0, out
+    assert out.count("coordinator-0: step-00000003 is damaged\n") == 1
+    assert "nothing new" not in out
+
+
 def test_a_role_that_keeps_dying_ends_the_run_with_its_last_words(cluster: Callable[..., Cluster]) -> None:
     made = cluster("launch.restart_limit=2", worker_0="crash")
     code, out = made.end()

@@ -70,6 +70,10 @@ class FakeRole:
         self._asked.set()
 
     def _serve(self) -> None:
+        if self._mode == "complains":
+            sys.stderr.write(json.dumps({"level": "error", "message": "step-00000003 is damaged"}) + "\n")
+            sys.stderr.write(json.dumps({"level": "info", "message": "nothing new"}) + "\n")
+            sys.stderr.flush()
         address = self._address if not self._address.endswith(":0") else "127.0.0.1:4242"
         member = {"role": "coordinator", "rank": 0, "pid": os.getpid(), "address": address}
         temporary = self._run / "cluster.tmp"

@@ -14,7 +14,7 @@ from workers.config import JobConfig
 from workers.launch import jobs
 from workers.launch.environment import MALLOC_TUNABLES, role_environment
 from workers.launch.folder import RunFolder, find_checkpoint
-from workers.launch.processes import RoleCommands, last_words
+from workers.launch.processes import RoleCommands, errors_in, last_words
 from workers.launch.supervisor import COORDINATOR, Member
 
 RUN = Path("runs/a")
@@ -173,3 +173,8 @@ def record(level: str, message: str, **more: str) -> str:
 )
 def test_last_words(log: str, words: tuple[str | None, str]) -> None:
     assert last_words(log) == words
+
+
+def test_errors_are_told_from_the_other_lines_of_a_log() -> None:
+    lines = [record("info", "a"), record("error", "b"), "c", "windlass: error: d", "", record("warning", "e")]
+    assert errors_in([*lines, record("error", "f", exception="Traceback\n  x\nOSError: 5")]) == ["b", "f: OSError: 5"]

@@ -7,7 +7,7 @@ import queue
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from ps import failpoints
 from ps.errors import ConfigError, StartupError
@@ -16,7 +16,7 @@ from workers.config import JobConfig
 from workers.launch.environment import ROLE_FLAGS, on_glibc, role_environment
 from workers.launch.folder import RunFolder
 from workers.launch.metrics import Progress, Tail
-from workers.launch.processes import ERROR_PREFIX, LoggedProcess, LogLines
+from workers.launch.processes import ERROR_PREFIX, LoggedProcess, LogLines, errors_in
 from workers.launch.progress import Display
 from workers.launch.signals import Signals
 from workers.launch.supervisor import COORDINATOR, Action, End, Exit, Member, Say, Signal, Start, Supervisor
@@ -78,6 +78,8 @@ class Launcher:
         #: How many processes were started in each place: what goes wrong on purpose does so in one of them.
         self._lives: Counter[Member] = Counter()
         self._end: End | None = None
+        #: The coordinator's log, of all its lives.
+        self._coordinator_log: LogLines | None = None
 
     def run(self, fresh: bool) -> End:
         """Run the cluster; no process of it is left when this returns, or when this process is killed.
@@ -186,6 +188,7 @@ class Launcher:
                     self._do(self._changes.get()(self._supervisor))
                 self._look_at_cluster()
                 self._do(self._supervisor.tick(now, self._exits()))
+                self._say_errors()
                 self._follow(tail, progress)
                 self._display.refresh()
             return self._end
@@ -235,10 +238,20 @@ class Launcher:
         command = self._command(member, self._address)
         log = self._folder.log(str(member))
         try:
-            self._processes[member] = LoggedProcess.start(command, environment, log, self._inherited)
-            self._display.started(member.role.value, member.rank, self._processes[member].pid)
+            process = LoggedProcess.start(command, environment, log, self._inherited)
+            self._processes[member] = process
+            if member == COORDINATOR and self._coordinator_log is None:
+                self._coordinator_log = LogLines(log, process.log_start)
+            self._display.started(member.role.value, member.rank, process.pid)
         except OSError as error:
             raise StartupError(f"{member} cannot be started: {error}") from None
+
+    def _say_errors(self) -> None:
+        """Say what the coordinator logs as an error and goes on from: a damaged checkpoint, a full disk."""
+        # A log that somebody has removed is no reason to stop.
+        with suppress(OSError):
+            for error in errors_in(self._coordinator_log.poll() if self._coordinator_log is not None else []):
+                self._display.say(f"{COORDINATOR}: {error}")
 
     def _follow(self, tail: Tail, progress: Progress) -> None:
         rewritten, records = tail.poll()
