@@ -46,6 +46,8 @@ class FakeRole:
 
     def main(self) -> int:
         if self._mode == "cannot start":
+            if self._name == "coordinator-0":
+                (self._run / "journal").mkdir(exist_ok=True)
             sys.stderr.write(f"windlass: error: {self._name} has no port\n")
             return 1
         signal.signal(signal.SIGTERM, self._on_sigterm)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ps.errors import CheckpointNotFound, ConfigError, StorageError
+from ps.storage.journal import Journal
 from ps.types import Role
 from workers.config import JobConfig
 from workers.launch import jobs
@@ -111,6 +112,14 @@ def test_a_locked_folder_is_locked_until_the_descriptor_is_closed(tmp_path: Path
     again = folder.try_lock()
     assert again is not None
     os.close(again)
+
+
+def test_a_journal_is_held_while_a_coordinator_has_it(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert not folder.journal_is_held()
+    with Journal.open(folder.journal):
+        assert folder.journal_is_held()
+    assert not folder.journal_is_held()
 
 
 def test_find_checkpoint(tmp_path: Path) -> None:
