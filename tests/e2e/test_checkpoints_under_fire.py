@@ -232,6 +232,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(undisturbed: s
     refused = [line for line in log(run_dir, "coordinator-0").splitlines() if "going back to the one before" in line]
     assert len(refused) == len(harmed) == 3
     assert all(str(file) in line for file, line in zip(harmed, refused, strict=True)), "the damaged file is named"
+    said = [line for line in log(run_dir, "launcher").splitlines() if "going back to the one before" in line]
+    assert [line.split()[2] for line in said] == ["step-00000003", "step-00000006", "step-00000006"]
     assert good_versions(run_dir) == [3, 6, 8], "they are written again"
 
 

@@ -31,7 +31,7 @@ class Cluster:
     process: subprocess.Popen[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.run.mkdir()
+        self.run.mkdir(exist_ok=True)
         (self.run / "behaviour.json").write_text(json.dumps(self.behaviour))
         self.process = subprocess.Popen(
             command("fake_cluster", str(self.run), *self.arguments),
@@ -187,6 +187,33 @@ def test_a_role_that_cannot_start_says_why_in_one_line(cluster: Callable[..., Cl
     code, out = made.end()
     assert code == 1
     assert "error='worker-1: worker-1 has no port'" in out
+    # A step was made: there is a run to go on with.
+    assert (made.run / "config.json").exists()
+
+
+@pytest.mark.parametrize("journal_was_there", [False, True])
+def test_a_start_of_which_nothing_came_leaves_no_run_behind(
+    cluster: Callable[..., Cluster], tmp_path: Path, journal_was_there: bool
+) -> None:
+    if journal_was_there:
+        (tmp_path / "run" / "journal").mkdir(parents=True)
+    made = cluster(coordinator_0="cannot start")
+    code, out = made.end()
+    assert code == 1
+    assert "error='coordinator-0: coordinator-0 has no port'" in out
+    assert not (made.run / "config.json").exists()
+    assert (made.run / "journal").exists() == journal_was_there
+    assert (made.run / "logs" / "coordinator-0.log").exists()
+
+
+def test_what_the_coordinator_logs_as_an_error_is_said(cluster: Callable[..., Cluster]) -> None:
+    made = cluster(coordinator_0="complains")
+    made.up()
+    (made.run / "finish").touch()
+    code, out = made.end()
+    assert code == 0, out
+    assert out.count("coordinator-0: step-00000003 is damaged\n") == 1
+    assert "nothing new" not in out
 
 
 def test_a_role_that_keeps_dying_ends_the_run_with_its_last_words(cluster: Callable[..., Cluster]) -> None:

@@ -16,6 +16,7 @@ import windlass
 from tests.support.eventually import eventually
 from tests.support.launched import tiny_job
 from windlass.testing import LocalCluster
+from workers.launch.folder import RunFolder
 
 pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(300)]
 
@@ -90,6 +91,9 @@ def test_a_run_that_fails_fails_the_block(tmp_path: Path, capfd: pytest.CaptureF
         nobody_comes()
     assert cluster.pids == {}
     assert "start_timeout_s is over" in capfd.readouterr().err
+    # No step was made: the folder is as free as it was. One that holds a run is not.
+    assert not (tmp_path / "run" / "config.json").exists()
+    RunFolder(tmp_path / "run").write_job(cluster.job)
     with pytest.raises(windlass.ConfigError, match="holds a run already"), LocalCluster(run_dir=tmp_path / "run"):
         pass
 
@@ -118,6 +122,7 @@ def test_what_waits_in_vain_says_for_what(tmp_path: Path) -> None:
 PARENT = """
 import sys, threading
 from windlass.testing import LocalCluster
+from workers.launch.folder import RunFolder
 with LocalCluster(run_dir=sys.argv[1]) as cluster:
     print(*cluster.pids.values(), flush=True)
     threading.Event().wait()

@@ -46,6 +46,8 @@ class FakeRole:
 
     def main(self) -> int:
         if self._mode == "cannot start":
+            if self._name == "coordinator-0":
+                (self._run / "journal").mkdir(exist_ok=True)
             sys.stderr.write(f"windlass: error: {self._name} has no port\n")
             return 1
         signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -70,6 +72,10 @@ class FakeRole:
         self._asked.set()
 
     def _serve(self) -> None:
+        if self._mode == "complains":
+            sys.stderr.write(json.dumps({"level": "error", "message": "step-00000003 is damaged"}) + "\n")
+            sys.stderr.write(json.dumps({"level": "info", "message": "nothing new"}) + "\n")
+            sys.stderr.flush()
         address = self._address if not self._address.endswith(":0") else "127.0.0.1:4242"
         member = {"role": "coordinator", "rank": 0, "pid": os.getpid(), "address": address}
         temporary = self._run / "cluster.tmp"

@@ -109,6 +109,18 @@ def test_a_start_that_cannot_work_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_checkpoint_folder_that_is_none_leaves_nothing_behind(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    for command in ("validate", "train"):
+        code, out, err = run(capsys, command, "run_dir=run", "checkpoint.dir=file")
+        assert (code, out) == (1, "")
+        assert err == "windlass: error: the checkpoint folder file cannot be read: Not a directory\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.fixture
 def role(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Role commands without what they do to their process, and with a role that records its start."""

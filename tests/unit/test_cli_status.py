@@ -17,10 +17,12 @@ from protos.ps.v1.common_pb2 import Member
 from ps.client.status import StatusClient
 from ps.errors import PeerUnavailable
 from tests.support.checkpoints import make_arrays, make_table, write_checkpoint
-from workers.cli import report
+from workers.cli import report, train
 from workers.cli.main import main
 from workers.launch import jobs, watch
+from workers.launch.added import Added
 from workers.launch.folder import RunFolder
+from workers.launch.supervisor import End
 
 
 @pytest.fixture
@@ -111,7 +113,8 @@ def finish(folder: RunFolder) -> None:
     """The folder's run has made its 400 steps, and its last checkpoint is complete."""
     lines = [
         {"kind": "step", "step": 399, "loss": 2.0},
-        {"kind": "evaluation", "version": 400, "loss": 6.03714, "perplexity": 9.0, "bits_per_byte": 2.0},
+        {"kind": "evaluation", "version": 400, "loss": 6.03714, "perplexity": 9.0, "bits_per_byte": 2.0}
+        | {"tokens": 10, "bytes": 20},
     ]
     folder.metrics.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     table = make_table([10])
@@ -168,13 +171,102 @@ def test_watching_a_run_that_is_stopped_ends_with_how_far_it_came(
     assert capsys.readouterr().out == "ended: 1 of 400 steps\n"
 
 
-def test_a_run_that_was_stopped_names_what_was_saved(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    job = folder.read_job()
-    report.print_unfinished(folder, job)
-    assert capsys.readouterr().out == "go on with: windlass resume runs/a\n"
+STOPPED, FAILED = End(130, None, finished=False), End(1, "coordinator-0: no space", finished=False)
+LAST = Path("runs/a/checkpoints/step-00000400")
+
+
+@pytest.mark.parametrize(
+    ("end", "added", "words"),
+    [
+        (STOPPED, Added(LAST, True, 400), "saved step-00000400; go on with: windlass resume runs/a\n"),
+        # Of a start that was stopped before it had saved, or made, anything.
+        (STOPPED, Added(None, True, 401), "the newest checkpoint is step-00000400, 1 step back; go on with: "),
+        (STOPPED, Added(None, False, 400), "the newest checkpoint is step-00000400; go on with: windlass resume"),
+        # It went back from that one, which may be damaged.
+        (STOPPED, Added(None, False, 399), "go on with: windlass resume runs/a\n"),
+        (STOPPED, Added(LAST, True, 422), "the newest checkpoint is step-00000400, 22 steps back; go on with: "),
+        (FAILED, Added(LAST, True, 422), "the newest checkpoint is step-00000400, 22 steps back; go on with: "),
+        # metrics.jsonl may lack the last steps of a run that failed.
+        (FAILED, Added(LAST, True, 400), "the newest checkpoint is step-00000400; go on with: windlass resume"),
+        (FAILED, Added(None, False, 400), ""),
+    ],
+)
+def test_a_run_that_was_stopped_names_what_it_has_saved_itself(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str], end: End, added: Added, words: str
+) -> None:
     finish(folder)
-    report.print_unfinished(folder, job)
-    assert capsys.readouterr().out == "saved step-00000400; go on with: windlass resume runs/a\n"
+    report.print_unfinished(folder, folder.read_job(), end, added)
+    out = capsys.readouterr().out
+    assert out.startswith(words)
+    assert bool(out) == bool(words)
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report.print_unfinished(folder, folder.read_job(), STOPPED, Added())
+    assert capsys.readouterr().out == "go on with: windlass resume runs/a\n"
+    (folder.path / "checkpoints").write_text("")
+    report.print_unfinished(folder, folder.read_job(), STOPPED, Added(None, True, 3))
+    assert capsys.readouterr().out == "go on with: windlass resume runs/a\n"
+
+
+@pytest.mark.parametrize(("override", "done"), [("training.steps=400", True), ("training.steps=800", False)])
+@pytest.mark.usefixtures("folder")
+def test_a_signal_after_the_last_step_was_too_late_to_stop_the_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, override: str, done: bool
+) -> None:
+    class Interrupted:
+        def __init__(self, _job: object, folder: RunFolder, *_: object) -> None:
+            self._folder = folder
+
+        def run(self, fresh: bool) -> End:
+            assert not fresh
+            finish(self._folder)
+            return STOPPED
+
+        def added(self) -> Added:
+            return Added(LAST, True, 400)
+
+    monkeypatch.setattr(train, "Launcher", Interrupted)
+    monkeypatch.setattr(report, "_print_sample", lambda *_: None)
+    code = main(["resume", "runs/a", override])
+    out = capsys.readouterr().out
+    if done:
+        assert code == 0
+        assert "done: 400 of 400 steps" in out
+        assert "saved" not in out
+    else:
+        assert code == 130
+        assert out == "saved step-00000400; go on with: windlass resume runs/a\n"
+
+
+def test_a_run_is_at_its_end_where_the_job_says(folder: RunFolder) -> None:
+    assert not report.is_at_end(folder.read_job(), None)
+    assert not report.is_at_end(folder.read_job(), LAST)
+    finish(folder)
+    for overrides, ended in (
+        ([], True),
+        (["training.steps=401"], False),
+        (["training.steps=800", "training.stop_at=400"], True),
+    ):
+        assert report.is_at_end(jobs.resolve(None, ["run_dir=runs/a", *overrides]), LAST) == ended
+
+
+def test_a_ctrl_c_while_a_sample_is_written_skips_it(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from workers.engine import restore
+
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(restore, "load_model", interrupted)
+    finish(folder)
+    report.print_result(folder, folder.read_job(), 1.0)
+    out = capsys.readouterr().out
+    assert "no sample: interrupted" in out
+    assert "go on       windlass resume runs/a training.steps=800" in out
 
 
 def test_an_address_where_nobody_listens(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

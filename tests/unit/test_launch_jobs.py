@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from ps.errors import CheckpointNotFound, ConfigError, StorageError
+from ps.storage.journal import Journal
 from ps.types import Role
 from workers.config import JobConfig
 from workers.launch import jobs
 from workers.launch.environment import MALLOC_TUNABLES, role_environment
 from workers.launch.folder import RunFolder, find_checkpoint
-from workers.launch.processes import RoleCommands, last_words
+from workers.launch.processes import RoleCommands, errors_in, last_words
 from workers.launch.supervisor import COORDINATOR, Member
 
 RUN = Path("runs/a")
@@ -113,6 +114,14 @@ def test_a_locked_folder_is_locked_until_the_descriptor_is_closed(tmp_path: Path
     os.close(again)
 
 
+def test_a_journal_is_held_while_a_coordinator_has_it(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert not folder.journal_is_held()
+    with Journal.open(folder.journal):
+        assert folder.journal_is_held()
+    assert not folder.journal_is_held()
+
+
 def test_find_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no run"):
         find_checkpoint(tmp_path)
@@ -173,3 +182,8 @@ def record(level: str, message: str, **more: str) -> str:
 )
 def test_last_words(log: str, words: tuple[str | None, str]) -> None:
     assert last_words(log) == words
+
+
+def test_errors_are_told_from_the_other_lines_of_a_log() -> None:
+    lines = [record("info", "a"), record("error", "b"), "c", "windlass: error: d", "", record("warning", "e")]
+    assert errors_in([*lines, record("error", "f", exception="Traceback\n  x\nOSError: 5")]) == ["b", "f: OSError: 5"]

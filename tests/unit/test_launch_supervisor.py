@@ -212,6 +212,13 @@ def test_what_kills_at_once_is_named_as_it_came(signum: signal.Signals, name: st
     assert said(running().interrupt(1.0, signum)).endswith(f"; {name} again kills at once")
 
 
+def test_a_signal_after_the_end_of_the_run_kills_what_is_left_of_it_and_is_no_failure() -> None:
+    machine = running()
+    machine.tick(1.0, [Exit(COORDINATOR, 0)])
+    assert signals(machine.interrupt(1.5, signal.SIGINT)) == [(SHARD, signal.SIGKILL), (WORKER, signal.SIGKILL)]
+    assert machine.tick(1.6, [killed(SHARD), killed(WORKER)]) == [End(0, None, finished=True)]
+
+
 def test_what_dies_while_stopping_stays_dead_and_the_deadline_ends_it() -> None:
     machine = running()
     machine.tick(1.0, [killed(WORKER)])

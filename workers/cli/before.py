@@ -15,6 +15,7 @@ from ps.errors import ConfigError
 from ps.machine import available_cores
 from ps.shard.threads import kernel_threads
 from ps.storage.files import write_atomic
+from ps.storage.layout import checkpoints
 from workers.cli import report
 from workers.cli.arguments import Job
 from workers.config import JobConfig
@@ -60,6 +61,7 @@ def validate(
     from workers.data.source import collect
 
     collect(resolved.data.paths)
+    checkpoints(resolved.checkpoint_dir)
     report.print_doubts(resolved)
     expected = estimate(resolved)
     origins = _origins(file, overrides, resolved)

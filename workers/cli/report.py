@@ -7,13 +7,16 @@ import re
 import sys
 import textwrap
 import warnings
+from pathlib import Path
 
 from ps.errors import ConfigError, PsError, StorageError
-from ps.storage.layout import newest
-from ps.storage.manifest import read_manifest
+from ps.storage.layout import checkpoints, newest, version_of
+from ps.storage.manifest import Manifest, read_manifest
 from workers.config import JobConfig
+from workers.launch.added import Added
 from workers.launch.folder import RunFolder
 from workers.launch.metrics import clock, evaluation_line, last_evaluation
+from workers.launch.supervisor import End
 
 _SAMPLE_TOKENS, _SAMPLE_TEMPERATURE, _SAMPLE_TOP_K = 100, 0.4, 40
 #: Of Python, so many samples are drawn, and the one with most code that parses is shown.
@@ -42,14 +45,27 @@ def completion(folder: RunFolder, job: JobConfig) -> str | None:
             f"{folder.path} is complete: {manifest.version} of {job.training.steps} steps; "
             f"to go on: windlass resume {folder.path} training.steps={2 * manifest.version}"
         )
-    target, reached = job.training.target_loss, manifest.evaluation
-    if target is not None and reached is not None and reached <= target:
+    if _meets_target(job, manifest):
         return (
-            f"{folder.path} is complete: its held-out loss {reached:.4f} is at most "
-            f"training.target_loss={target}; to go on: "
+            f"{folder.path} is complete: its held-out loss {manifest.evaluation:.4f} is at most "
+            f"training.target_loss={job.training.target_loss}; to go on: "
             f"windlass resume {folder.path} training.target_loss=null"
         )
     return None
+
+
+def is_at_end(job: JobConfig, checkpoint: Path | None) -> bool:
+    """Whether the checkpoint with which a run has ended is where the job ends."""
+    try:
+        manifest = read_manifest(checkpoint)[0] if checkpoint is not None else None
+    except StorageError:
+        return False
+    return manifest is not None and (manifest.version >= job.training.end or _meets_target(job, manifest))
+
+
+def _meets_target(job: JobConfig, manifest: Manifest) -> bool:
+    target, reached = job.training.target_loss, manifest.evaluation
+    return target is not None and reached is not None and reached <= target
 
 
 def print_doubts(job: JobConfig) -> None:
@@ -58,11 +74,32 @@ def print_doubts(job: JobConfig) -> None:
         print(f"windlass: warning: {doubt}", file=sys.stderr)
 
 
-def print_unfinished(folder: RunFolder, job: JobConfig) -> None:
+def print_unfinished(folder: RunFolder, job: JobConfig, end: End, added: Added) -> None:
     """Print what is left of a run that was stopped, or failed, and how to go on."""
-    checkpoint = newest(job.checkpoint_dir)
-    saved = f"saved {checkpoint.name}; " if checkpoint is not None else ""
-    print(f"{saved}go on with: windlass resume {folder.path}")
+    if end.error is not None and added.nothing:
+        # Another start would fail as this one has; the error says what to do.
+        return
+    checkpoint = added.checkpoint or _newest_passed(job, added.version)
+    kept = f"{_kept(checkpoint, end, added)}; " if checkpoint is not None else ""
+    print(f"{kept}go on with: windlass resume {folder.path}")
+
+
+def _newest_passed(job: JobConfig, version: int) -> Path | None:
+    """The newest checkpoint that a run at this version may have come from: it went back from newer ones."""
+    try:
+        found = checkpoints(job.checkpoint_dir)
+    except StorageError:
+        return None
+    return next((folder for folder in reversed(found) if (version_of(folder) or 0) <= version), None)
+
+
+def _kept(checkpoint: Path, end: End, added: Added) -> str:
+    behind = added.version - (version_of(checkpoint) or 0)
+    # A run that failed may have made steps of which no file tells.
+    if checkpoint == added.checkpoint and behind <= 0 and end.error is None:
+        return f"saved {checkpoint.name}"
+    back = f", {behind} step{'s' if behind > 1 else ''} back" if behind > 0 else ""
+    return f"the newest checkpoint is {checkpoint.name}{back}"
 
 
 def print_result(folder: RunFolder, job: JobConfig, seconds: float) -> None:
@@ -109,6 +146,10 @@ def _print_sample(folder: RunFolder, job: JobConfig) -> None:
     except PsError as error:
         # The run is done and saved; that it cannot be shown must not make it look failed.
         print(f"no sample: {error.message}")
+        return
+    except KeyboardInterrupt:
+        # The run is done; who has seen enough still hears where it is.
+        print("no sample: interrupted")
         return
     text = max(samples, key=_code_that_parses)
     chosen = f" (of {len(samples)}, the one with most code that parses)" if python else ""

@@ -14,6 +14,7 @@ import typer
 
 from ps.errors import ConfigError
 from ps.lifeline import Lifeline
+from ps.storage.layout import checkpoints
 from ps.wire.security import CLIENT, PROCESSES, Security, load_security, refuse_exposure
 from workers.cli import report
 from workers.cli.arguments import Job, Overrides, Run, require_worker_extra
@@ -91,12 +92,13 @@ def _refuse_what_validate_refuses(job: JobConfig) -> None:
     """See that the run can start, before its folder is made: a start that failed leaves nothing behind.
 
     Raises:
-        ConfigError, DataError: it cannot.
+        ConfigError, DataError, StorageError: it cannot.
     """
     from workers.data.source import collect
 
     refuse_run(RunFolder(job.run_dir))
     collect(job.data.paths)
+    checkpoints(job.checkpoint_dir)
 
 
 def _launch(job: JobConfig, resume: bool) -> int:
@@ -113,10 +115,13 @@ def _launch(job: JobConfig, resume: bool) -> int:
     end = launcher.run(fresh=not resume)
     if end.error is not None:
         print(f"{ERROR_PREFIX}{end.error} (logs: {folder.logs})", file=sys.stderr)
-    if end.finished:
+    added = launcher.added()
+    # Who asked it to stop after its last step was too late for that.
+    if end.finished or (end.error is None and report.is_at_end(job, added.checkpoint)):
         report.print_result(folder, job, time.monotonic() - started)
-    elif folder.holds_run():
-        report.print_unfinished(folder, job)
+        return 0
+    if folder.holds_run():
+        report.print_unfinished(folder, job, end, added)
     return end.exit_code
 
 

@@ -132,17 +132,11 @@ class RunFolder:
 
     def is_held(self) -> bool:
         """Whether a launcher or a role of it has the folder, on this host."""
-        try:
-            lock = os.open(self._lock, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(lock)
-        return False
+        return _is_locked(self._lock)
+
+    def journal_is_held(self) -> bool:
+        """Whether a coordinator on this host, however it was started, has the journal."""
+        return _is_locked(self.journal / "lock")
 
     def refuse_in_use(self) -> None:
         """See that no launcher has the folder, before anything is said about a run that is still under way.
@@ -168,6 +162,20 @@ class RunFolder:
     @property
     def _lock(self) -> Path:
         return self.path / ".lock"
+
+
+def _is_locked(file: Path) -> bool:
+    try:
+        lock = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
 
 
 def _lives(pid: int) -> bool:

@@ -7,16 +7,19 @@ import queue
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from pathlib import Path
 
 from ps import failpoints
-from ps.errors import ConfigError, StartupError
+from ps.errors import ConfigError, StartupError, StorageError
 from ps.lifeline import ENVIRONMENT as LIFELINE
+from ps.storage.files import remove_tree
 from workers.config import JobConfig
+from workers.launch.added import Added, Stamp, last_written, stamps
 from workers.launch.environment import ROLE_FLAGS, on_glibc, role_environment
 from workers.launch.folder import RunFolder
 from workers.launch.metrics import Progress, Tail
-from workers.launch.processes import ERROR_PREFIX, LoggedProcess, LogLines
+from workers.launch.processes import ERROR_PREFIX, LoggedProcess, LogLines, errors_in
 from workers.launch.progress import Display
 from workers.launch.signals import Signals
 from workers.launch.supervisor import COORDINATOR, Action, End, Exit, Member, Say, Signal, Start, Supervisor
@@ -78,6 +81,12 @@ class Launcher:
         #: How many processes were started in each place: what goes wrong on purpose does so in one of them.
         self._lives: Counter[Member] = Counter()
         self._end: End | None = None
+        #: What the run was like when this launcher took its folder, and how it has gone on.
+        self._checkpoints: dict[Path, Stamp] = {}
+        self._progress = Progress(job.training.end)
+        self._trained = False
+        #: The coordinator's log, of all its lives.
+        self._coordinator_log: LogLines | None = None
 
     def run(self, fresh: bool) -> End:
         """Run the cluster; no process of it is left when this returns, or when this process is killed.
@@ -97,6 +106,8 @@ class Launcher:
             stack.callback(os.close, lock)
             if fresh:
                 refuse_run(self._folder)
+                stack.callback(self._take_back, journal_was_there=self._folder.journal.exists())
+            self._checkpoints = stamps(self._job.checkpoint_dir)
             self._folder.write_job(self._job)
             # Of a former life: in a container a new process may well have the pid of an old one.
             self._folder.cluster.unlink(missing_ok=True)
@@ -114,9 +125,12 @@ class Launcher:
             if stopped is None:
                 stack.callback(self._kill_all)
                 return self._supervise(signals)
-            if fresh:
-                self._folder.config.unlink()
             return stopped
+
+    def added(self) -> Added:
+        """What this start has added to the run; for when `run` is over."""
+        checkpoint = last_written(self._job.checkpoint_dir, self._checkpoints)
+        return Added(checkpoint, self._trained, self._progress.version)
 
     def change(self, change: Change) -> None:
         """Have the launcher's thread call `change` and carry out what it returns; from any thread."""
@@ -140,6 +154,19 @@ class Launcher:
             f"the run folder {self._folder.path} is in use by the launcher with pid {self._folder.holder()} "
             f"or by its roles; end that run first"
         )
+
+    def _take_back(self, journal_was_there: bool) -> None:
+        """Leave the folder to the next `train`, if no run has come about: else it would be refused for its config.json.
+
+        The journal holds the number of contributions and the model of this job, and the next one may have others.
+        """
+        if not self.added().nothing or self._folder.journal_is_held():
+            return
+        # That it cannot be done must not hide why the start failed.
+        with suppress(OSError, StorageError):
+            self._folder.config.unlink(missing_ok=True)
+            if not journal_was_there:
+                remove_tree(self._folder.journal)
 
     def _prepare(self, signals: Signals) -> End | None:
         """Prepare the data, in a process of its own: it can be interrupted and leaves no memory behind."""
@@ -171,7 +198,7 @@ class Launcher:
 
     def _supervise(self, signals: Signals) -> End:
         tail = Tail(self._folder.metrics)
-        progress = Progress(self._job.training.end)
+        progress = self._progress
         progress.restart(tail.poll()[1])
         progress.recent.clear()
         self._display.open(progress)
@@ -186,6 +213,7 @@ class Launcher:
                     self._do(self._changes.get()(self._supervisor))
                 self._look_at_cluster()
                 self._do(self._supervisor.tick(now, self._exits()))
+                self._say_errors()
                 self._follow(tail, progress)
                 self._display.refresh()
             return self._end
@@ -235,10 +263,20 @@ class Launcher:
         command = self._command(member, self._address)
         log = self._folder.log(str(member))
         try:
-            self._processes[member] = LoggedProcess.start(command, environment, log, self._inherited)
-            self._display.started(member.role.value, member.rank, self._processes[member].pid)
+            process = LoggedProcess.start(command, environment, log, self._inherited)
+            self._processes[member] = process
+            if member == COORDINATOR and self._coordinator_log is None:
+                self._coordinator_log = LogLines(log, process.log_start)
+            self._display.started(member.role.value, member.rank, process.pid)
         except OSError as error:
             raise StartupError(f"{member} cannot be started: {error}") from None
+
+    def _say_errors(self) -> None:
+        """Say what the coordinator logs as an error and goes on from: a damaged checkpoint, a full disk."""
+        # A log that somebody has removed is no reason to stop.
+        with suppress(OSError):
+            for error in errors_in(self._coordinator_log.poll() if self._coordinator_log is not None else []):
+                self._display.say(f"{COORDINATOR}: {error}")
 
     def _follow(self, tail: Tail, progress: Progress) -> None:
         rewritten, records = tail.poll()
@@ -247,6 +285,7 @@ class Launcher:
             self._display.went_back(progress)
             return
         for record in records:
+            self._trained |= record.get("kind") == "step"
             progress.feed(record)
             self._display.show(record, progress)
 

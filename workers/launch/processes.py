@@ -154,6 +154,11 @@ class LogLines:
         return whole.decode("utf-8", errors="replace").splitlines()
 
 
+def errors_in(lines: Sequence[str]) -> list[str]:
+    """The messages of a log's records of errors; lines that are no records are left out."""
+    return [said for level, said in map(_parse, lines) if level in ("error", "critical")]
+
+
 def read_tail(log: Path, start: int) -> str:
     """The end of a log, from `start` on."""
     try:

@@ -170,8 +170,8 @@ class Supervisor:
             return self._stop(now, f"{name} again")
         if self.phase is Phase.ENDED:
             return []
-        if self._end.error is None:
-            self._end = End(128 + signum, None, self._end.finished)
+        if self._end.error is None and not self._end.finished:
+            self._end = End(128 + signum, None, finished=False)
         return [Say("killing what is left"), *self._kill()]
 
     def dismiss(self, member: Member) -> list[Action]:
