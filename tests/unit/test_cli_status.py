@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from protos.ps.v1.common_pb2 import Member
 from ps.client.status import StatusClient
 from ps.errors import PeerUnavailable
 from tests.support.checkpoints import make_arrays, make_table, write_checkpoint
+from tests.support.unreadable import make_unreadable
 from workers.cli import report
 from workers.cli.main import main
 from workers.launch import jobs, watch
@@ -39,6 +41,33 @@ def refused() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def test_a_folder_that_cannot_be_read_is_one_line(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_unreadable(monkeypatch, folder.config)
+    for arguments in ([], ["--json"], ["--watch"]):
+        assert main(["status", "runs/a", *arguments]) == 2
+        shown = capsys.readouterr()
+        assert (shown.out, shown.err) == (
+            "",
+            "windlass: error: runs/a/config.json cannot be read: Permission denied\n",
+        )
+
+
+@pytest.mark.parametrize("what", ["checkpoints", "checkpoints/step-00000400/manifest.json"])
+def test_checkpoints_that_cannot_be_read_are_not_none(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    finish(folder)
+    make_unreadable(monkeypatch, folder.path / what)
+    assert main(["status", "runs/a"]) == 1
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err.count("\n")) == ("", 1)
+    assert re.search(rf"is not running: step 400 of 400, .*{what} cannot be read: Permission denied; ", shown.err)
+    assert main(["status", "runs/a", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["checkpoints"] is None
 
 
 @pytest.mark.usefixtures("folder")

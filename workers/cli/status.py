@@ -111,10 +111,7 @@ class Place:
         if complete is not None:
             return PeerUnavailable(complete)
         known = self.last_known()
-        saved = known["checkpoints"]
-        checkpoints = f"{len(saved)} checkpoints, the newest {saved[-1]}" if saved else "no checkpoint"
-        checkpoints = checkpoints.replace("1 checkpoints, the newest", "one checkpoint,")
-        reached = f"step {known['version']} of {known['steps']}, {checkpoints}"
+        reached = f"step {known['version']} of {known['steps']}, {_checkpoints(self._folder)}"
         there = [process.pid for process in alive(self._folder) if process.role == "coordinator"]
         if there and self._folder.is_held():
             return PeerUnavailable(
@@ -136,10 +133,9 @@ class Place:
         job = self._folder.read_job().model_copy(update={"run_dir": self._folder.path})
         progress = Progress(job.training.end)
         progress.restart(Tail(self._folder.metrics).poll()[1])
-        try:
+        saved: list[str] | None = None
+        with suppress(StorageError):
             saved = [folder.name for folder in layout.checkpoints(job.checkpoint_dir)]
-        except StorageError:
-            saved = []
         return {
             "run_dir": str(self._folder.path),
             "version": progress.version,
@@ -168,6 +164,18 @@ class Place:
         return f"{'finished' if complete else 'ended'}: {known['version']} of {known['steps']} steps{held_out}"
 
 
+def _checkpoints(folder: RunFolder) -> str:
+    """Which there are, or why nobody can tell."""
+    job = folder.read_job().model_copy(update={"run_dir": folder.path})
+    try:
+        saved = [checkpoint.name for checkpoint in layout.checkpoints(job.checkpoint_dir)]
+    except StorageError as error:
+        return error.message
+    if not saved:
+        return "no checkpoint"
+    return f"one checkpoint, {saved[0]}" if len(saved) == 1 else f"{len(saved)} checkpoints, the newest {saved[-1]}"
+
+
 def find_place(target: str | None) -> Place:
     """Find out what the command line means.
 
@@ -176,12 +184,13 @@ def find_place(target: str | None) -> Place:
     """
     if target is None:
         target = os.environ.get("WINDLASS_COORDINATOR") or str(_newest_run())
-    if (Path(target) / "config.json").exists():
-        return Place(None, RunFolder(Path(target)))
+    folder = RunFolder(Path(target))
+    if folder.holds_run():
+        return Place(None, folder)
     host, _, port = target.rpartition(":")
     if host and port.isascii() and port.isdigit() and 0 < int(port) <= 65_535:
         return Place(target, None)
-    raise ConfigError(f"{target} is neither a run folder (there is no {Path(target) / 'config.json'}) nor HOST:PORT")
+    raise ConfigError(f"{target} is neither a run folder (there is no {folder.config}) nor HOST:PORT")
 
 
 def _newest_run() -> Path:

@@ -25,8 +25,7 @@ from typing import Any
 from ps.config import validate
 from ps.errors import CheckpointNotFound, ConfigError, StartupError
 from ps.storage.files import make_directory, reason, write_atomic
-from ps.storage.layout import newest
-from ps.storage.manifest import MANIFEST_NAME
+from ps.storage.layout import is_complete, newest
 from workers.config import JobConfig
 from workers.launch import guidance
 
@@ -65,7 +64,15 @@ class RunFolder:
         return self.logs / f"{name}.log"
 
     def holds_run(self) -> bool:
-        return self.config.exists()
+        """Whether there is a job in it.
+
+        Raises:
+            ConfigError: it cannot be looked into.
+        """
+        try:
+            return self.config.exists()
+        except OSError as error:
+            raise ConfigError(f"{self.config} cannot be read: {reason(error)}") from None
 
     def read_job(self) -> JobConfig:
         """Read the resolved job.
@@ -183,8 +190,9 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointNotFound: there is none.
         ConfigError: `path` is no run folder either.
+        StorageError: a folder cannot be read.
     """
-    if (path / MANIFEST_NAME).is_file():
+    if is_complete(path):
         return path
     job = RunFolder(path).read_job().model_copy(update={"run_dir": path})
     found = newest(job.checkpoint_dir)
