@@ -29,6 +29,8 @@ from workers.launch.watch import Watcher, quiet_grpc
 #: Where `windlass train` puts runs unless it is told otherwise.
 RUNS = Path("runs")
 ANSWER_S = 5.0
+#: Where nobody listens, that is known at once.
+REFUSED_S = 0.1
 #: A coordinator that is started again is back within this.
 BACK_S = 15.0
 #: Who writes into a pipe has no width; then nothing is left out.
@@ -60,7 +62,7 @@ def status(
     try:
         if watch:
             return _watch(place, security, as_json, every)
-        _print(_ask(place, security), as_json)
+        _print(ask(place, security), as_json)
     except PeerUnavailable as error:
         if as_json:
             print(json.dumps({"running": False, "error": error.message, **place.last_known()}))
@@ -98,8 +100,13 @@ class Place:
         """Those of the run, where its folder is known."""
         return self._folder.read_job().security.certificates if self._folder is not None else None
 
-    def not_running(self, cause: PsError | None = None) -> PeerUnavailable:
-        """Nobody answers: say so, and what is known instead."""
+    def not_running(self, cause: PsError | None = None, silent_s: float = 0.0) -> PeerUnavailable:
+        """Nobody answers: say so, and what is known instead.
+
+        Args:
+            cause: what asking has come to.
+            silent_s: for so long the coordinator has been asked without an answer.
+        """
         if self._folder is None:
             if cause is not None and "Socket closed" in cause.message:
                 return PeerUnavailable(
@@ -113,9 +120,9 @@ class Place:
         known = self.last_known()
         reached = f"step {known['version']} of {known['steps']}, {_checkpoints(self._folder)}"
         there = [process.pid for process in alive(self._folder) if process.role == "coordinator"]
-        if there and self._folder.is_held():
+        if there and silent_s > REFUSED_S and self._folder.is_held():
             return PeerUnavailable(
-                f"{self._folder.path}: its coordinator (process {there[0]}) has not answered for {ANSWER_S:.0f} s: it "
+                f"{self._folder.path}: its coordinator (process {there[0]}) has not answered for {silent_s:.1f} s: it "
                 f"is stopped or overloaded: {reached}"
             )
         if self._folder.is_held():
@@ -202,20 +209,27 @@ def _newest_run() -> Path:
     return max(found, key=lambda config: config.stat().st_mtime).parent
 
 
-def _ask(place: Place, security: Security) -> Snapshot:
+def ask(place: Place, security: Security) -> Snapshot:
+    """Ask a coordinator what is going on.
+
+    Raises:
+        PeerUnavailable: it does not answer; says what is known instead.
+        HandshakeFailed, AccessDenied: somebody is there, and does not answer just anybody.
+    """
     address, pid = place.coordinator()
     quiet_grpc()
     # Here, because it takes long and only this command needs it.
     from ps.client.status import StatusClient
 
     with StatusClient(address, security) as client:
+        asked_at = time.monotonic()
         try:
             message = client.ask(ANSWER_S)
         except (HandshakeFailed, AccessDenied):
             # Somebody is there.
             raise
         except PsError as error:
-            raise place.not_running(error) from None
+            raise place.not_running(error, time.monotonic() - asked_at) from None
     if pid is not None and message.coordinator.pid != pid:
         # Another run has its port now.
         raise place.not_running()
@@ -237,7 +251,7 @@ def _watch(place: Place, security: Security, as_json: bool, every_s: float) -> i
     from workers.launch.view import plain_line, render
 
     screen = Screen(sys.stdout) if sys.stdout.isatty() and not as_json else None
-    _ask(place, security)
+    ask(place, security)
     watcher = Watcher(place.coordinator()[0], security, min(every_s, 0.5))
     if screen is not None:
         screen.open()
@@ -264,7 +278,7 @@ def _watch(place: Place, security: Security, as_json: bool, every_s: float) -> i
                 if words is not None:
                     break
             else:
-                raise place.not_running()
+                raise place.not_running(silent_s=watcher.silent_s)
     finally:
         if screen is not None:
             screen.close()
