@@ -14,6 +14,9 @@ from ps.wire.options import open_channel
 from ps.wire.security import Security
 from ps.wire.status import error_of
 
+#: A coordinator that is stopped or overloaded takes a connection and says nothing: not who asks gives up first.
+CONNECT_S = 5.0
+
 
 class StatusClient:
     """A channel to one coordinator, kept open between questions. Thread-safe.
@@ -25,7 +28,7 @@ class StatusClient:
 
     def __init__(self, address: str, security: Security) -> None:
         self.address = address
-        self._channel = open_channel(address, security, Role.COORDINATOR)
+        self._channel = open_channel(address, security, Role.COORDINATOR, CONNECT_S)
         self._stub = pb_grpc.CoordinatorStub(self._channel)
 
     def ask(self, timeout_s: float) -> pb.StatusResponse:

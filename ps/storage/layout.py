@@ -59,7 +59,7 @@ def checkpoints(checkpoint_dir: Path) -> list[Path]:
     Raises:
         StorageError: the folder cannot be read.
     """
-    return [folder for folder in _folders(checkpoint_dir) if _is_complete(folder)]
+    return [folder for folder in _folders(checkpoint_dir) if is_complete(folder)]
 
 
 def newest(checkpoint_dir: Path) -> Path | None:
@@ -100,7 +100,7 @@ def retain(
     if keep < 1:
         raise ValueError(f"keep={keep}: at least one checkpoint is kept")
     folders = [folder for folder in _folders(checkpoint_dir) if newest is None or _version(folder) <= newest]
-    complete = [folder for folder in folders if _is_complete(folder)]
+    complete = [folder for folder in folders if is_complete(folder)]
     if not complete:
         return []
     kept = complete[-keep:]
@@ -147,8 +147,17 @@ def _version(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _is_complete(folder: Path) -> bool:
-    return (folder / MANIFEST_NAME).is_file()
+def is_complete(folder: Path) -> bool:
+    """Whether a folder is a complete checkpoint.
+
+    Raises:
+        StorageError: it cannot be looked into.
+    """
+    manifest = folder / MANIFEST_NAME
+    try:
+        return manifest.is_file()
+    except OSError as error:
+        raise StorageError(f"{manifest} cannot be read: {reason(error)}") from error
 
 
 def _folders(checkpoint_dir: Path) -> list[Path]:

@@ -46,6 +46,8 @@ SERVER: list[tuple[str, Any]] = [
     ("grpc.so_reuseport", 0),
 ]
 
+_ATTEMPT = "grpc.min_reconnect_backoff_ms"
+
 CHANNEL: list[tuple[str, Any]] = [
     *_STREAM,
     *_KEEPALIVE,
@@ -53,24 +55,31 @@ CHANNEL: list[tuple[str, Any]] = [
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
+    (_ATTEMPT, 50),
     ("grpc.max_reconnect_backoff_ms", 200),
 ]
 
 
-def open_channel(address: str, security: Security = PLAIN, role: Role = Role.COORDINATOR) -> grpc.Channel:
+def open_channel(
+    address: str, security: Security = PLAIN, role: Role = Role.COORDINATOR, connect_s: float | None = None
+) -> grpc.Channel:
     """Open a channel of its own.
 
     Args:
         address: host:port.
         security: what to show, and whom to believe.
         role: who is meant to be there; with certificates nobody else will do.
+        connect_s: for so long somebody who listens may be silent; None: as long as between two attempts.
     """
+    options = CHANNEL
+    if connect_s is not None:
+        # To gRPC "the least time between two attempts" is how long one may take; one that is refused ends at once.
+        options = [*(option for option in CHANNEL if option[0] != _ATTEMPT), (_ATTEMPT, int(1000 * connect_s))]
     shown = security.certificates
     if shown is None:
-        return grpc.insecure_channel(address, options=CHANNEL)
+        return grpc.insecure_channel(address, options=options)
     credentials = grpc.ssl_channel_credentials(shown.ca, shown.key, shown.certificate)
-    return grpc.secure_channel(address, credentials, [*CHANNEL, ("grpc.ssl_target_name_override", name_of(role))])
+    return grpc.secure_channel(address, credentials, [*options, ("grpc.ssl_target_name_override", name_of(role))])
 
 
 def make_server(threads: int) -> grpc.Server:

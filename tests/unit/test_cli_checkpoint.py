@@ -10,6 +10,7 @@ import pytest
 from ps.storage.digest import digest
 from ps.storage.manifest import Manifest
 from tests.support.checkpoints import flip, make_arrays, make_table, write_checkpoint
+from tests.support.unreadable import make_unreadable
 from workers.cli import checkpoint
 from workers.cli.main import main
 from workers.launch.folder import RunFolder
@@ -87,6 +88,30 @@ def test_a_damaged_one_is_named_and_is_the_exit_code(run: Path, capsys: pytest.C
     assert (code, len(lines)) == (0, 1)
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "shard-00001-of-00002.safetensors"])
+def test_one_that_nobody_may_read_is_not_damaged(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    file = run / "checkpoints" / "step-00000020" / name
+    make_unreadable(monkeypatch, file, looked_at=True)
+    code, lines, _ = call(capsys, "verify", str(run))
+    assert code == 1
+    assert lines[1] == f"step-00000020: {file} cannot be read: Permission denied"
+    assert [line.split(", ")[0] for line in lines[::2]] == ["step-00000010: good", "step-00000030: good"]
+    code, lines, _ = call(capsys, "list", str(run))
+    assert (code, "damaged" in lines[2], "cannot be read" in lines[2]) == (0, False, name == "manifest.json")
+
+
+@pytest.mark.parametrize("command", ["list", "verify", "digest"])
+def test_a_folder_that_cannot_be_read_is_one_line(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    file = run / "checkpoints" / "step-00000020" / "manifest.json"
+    make_unreadable(monkeypatch, file)
+    code, lines, err = call(capsys, command, str(run))
+    assert (code, lines, err) == (1, [], f"windlass: error: {file} cannot be read: Permission denied\n")
+
+
 def test_the_digest_is_that_of_the_newest(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, lines, _ = call(capsys, "digest", str(run))
     assert (code, lines) == (0, [digest(run / "checkpoints" / "step-00000030")])
@@ -96,10 +121,10 @@ def test_where_there_is_none_it_is_said(run: Path, tmp_path: Path, capsys: pytes
     for folder in (run / "checkpoints").iterdir():
         (folder / "manifest.json").unlink()
     for command in ("list", "verify", "digest"):
-        code, _, err = call(capsys, command, str(run))
-        assert (code, "has no complete checkpoint yet" in err) == (1, True)
-        code, _, err = call(capsys, command, str(tmp_path))
-        assert (code, "holds no run" in err) == (2, True)
+        code, lines, err = call(capsys, command, str(run))
+        assert (code, lines, "has no complete checkpoint yet" in err) == (1, [], True)
+        code, lines, err = call(capsys, command, str(tmp_path))
+        assert (code, lines, "holds no run" in err) == (2, [], True)
 
 
 def test_without_a_command_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,6 +39,35 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
             assert f"  {command} " in out
 
 
+@pytest.mark.parametrize("unbuffered", ["1", ""])
+def test_a_reader_that_has_gone_is_no_finding(unbuffered: str) -> None:
+    """Exit code 1 would say that something is wrong; a shell says 141 of whoever SIGPIPE ends.
+
+    What is printed is written at once, or at the end.
+    """
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "workers.cli.main", "--version"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        timeout=60,
+        check=False,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_output_that_does_not_fit_on_a_disk_is_one_line() -> None:
+    command = [sys.executable, "-m", "workers.cli.main", "--version"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60, check=False, env=environment)
+    expected = b"windlass: error: the output cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, expected)
+
+
 def test_certs_alone_prints_its_help(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "certs")
     assert (code, err) == (0, "")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import typer
 
-from ps.errors import CheckpointNotFound, StorageError
-from ps.storage.layout import checkpoints
-from ps.storage.manifest import MANIFEST_NAME, Manifest, read_manifest
+from ps.errors import CheckpointDamaged, CheckpointNotFound, StorageError
+from ps.storage.layout import checkpoints, is_complete
+from ps.storage.manifest import Manifest, read_manifest
 from ps.storage.reader import verify as verify_checkpoint
 from workers.cli import inspect
 from workers.cli.arguments import RunOrCheckpoint
@@ -29,31 +29,47 @@ def _checkpoint(context: typer.Context) -> None:
 @app.command("list")
 def list_all(run: RunOrCheckpoint) -> int:
     """List the complete checkpoints, the oldest first; reads their manifests only."""
+    found = _find(run)
     print(f"{'checkpoint':<16} {'committed':>10} {'skipped':>8} {'shards':>7} {'MiB':>9}  {'held-out':<9} written")
-    for folder in _find(run):
+    for folder in found:
         try:
             print(_line(folder, read_manifest(folder)[0]))
         except StorageError as error:
-            print(f"{folder.name:<16} damaged: {error.message}")
+            print(f"{folder.name:<16} {_wrong(error)}")
     return 0
 
 
 @app.command()
 def verify(run: RunOrCheckpoint) -> int:
-    """Read every checkpoint whole and compare sizes and SHA-256: exit code 1 if one is damaged, which is named."""
+    """Read every checkpoint whole and compare sizes and SHA-256.
+
+    Exit code 1: one is damaged or cannot be read, and is named.
+    """
     harmed = 0
     for folder in _find(run):
         try:
             manifest = verify_checkpoint(folder)
             print(f"{folder.name}: good, {len(manifest.files)} files, {_size(manifest):.1f} MiB", flush=True)
         except StorageError as error:
-            if not (folder / MANIFEST_NAME).exists():
+            if _is_gone(folder):
                 # A run that is under way removes its oldest while this reads; the manifest goes first.
                 print(f"{folder.name}: removed meanwhile", flush=True)
                 continue
             harmed += 1
-            print(f"{folder.name}: damaged: {error.message}", flush=True)
+            print(f"{folder.name}: {_wrong(error)}", flush=True)
     return 1 if harmed else 0
+
+
+def _is_gone(folder: Path) -> bool:
+    try:
+        return not is_complete(folder)
+    except StorageError:
+        return False
+
+
+def _wrong(error: StorageError) -> str:
+    """What is wrong with a checkpoint; one that nobody may read is not damaged for that."""
+    return f"damaged: {error.message}" if isinstance(error, CheckpointDamaged) else error.message
 
 
 def _find(path: Path) -> list[Path]:
@@ -62,8 +78,9 @@ def _find(path: Path) -> list[Path]:
     Raises:
         ConfigError: it is neither.
         CheckpointNotFound: the run has none yet.
+        StorageError: a folder cannot be read.
     """
-    if (path / MANIFEST_NAME).is_file():
+    if is_complete(path):
         return [path]
     directory = RunFolder(path).read_job().model_copy(update={"run_dir": path}).checkpoint_dir
     found = checkpoints(directory)

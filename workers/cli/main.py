@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -11,6 +12,7 @@ from typing import Annotated
 import typer
 
 from ps.errors import ConfigError, PsError
+from ps.storage.files import reason
 from workers.cli import audit, before, certs, chaos, checkpoint, export, inspect, plot, roles, status, train
 from workers.launch.processes import ERROR_PREFIX
 from workers.launch.slips import hint_for_option
@@ -66,7 +68,7 @@ def _windlass(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 2 for wrong usage, 1 for what else went wrong.
+    """Run a command and return its exit code: 2 for wrong usage, 1 for what else went wrong, 128 + a signal's number.
 
     Args:
         arguments: without the program's name; those of the process when absent.
@@ -82,11 +84,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(message + hint_for_option(getattr(error, "option_name", None), typed), 2)
     except (KeyboardInterrupt, typer.Abort):
         return 130
-    except BrokenPipeError:
-        # Whoever read the output has gone; nothing can be flushed to it at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return result if isinstance(result, int) else 0
+    except SystemExit as error:
+        # What typer makes of a broken pipe: exit code 1, which is to say that something is wrong.
+        if isinstance(error.__context__, BrokenPipeError):
+            return _unwritten(error.__context__)
+        raise
+    code = result if isinstance(result, int) else 0
+    try:
+        # What is left of the output is written here: at exit nobody could say why it is not.
+        print(end="", flush=True)
+    except OSError as error:
+        return code or _unwritten(error)
+    return code
+
+
+def _unwritten(error: OSError) -> int:
+    """The exit code when what is printed cannot be written: whoever read it has gone (`| head`), or a disk is full."""
+    # It would be tried again at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+        return 128 + signal.SIGPIPE
+    return _fail(f"the output cannot be written: {reason(error)}", 1)
 
 
 def _fail(message: str, code: int) -> int:

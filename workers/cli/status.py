@@ -29,6 +29,8 @@ from workers.launch.watch import Watcher, quiet_grpc
 #: Where `windlass train` puts runs unless it is told otherwise.
 RUNS = Path("runs")
 ANSWER_S = 5.0
+#: Where nobody listens, that is known at once.
+REFUSED_S = 0.1
 #: A coordinator that is started again is back within this.
 BACK_S = 15.0
 #: Who writes into a pipe has no width; then nothing is left out.
@@ -60,7 +62,7 @@ def status(
     try:
         if watch:
             return _watch(place, security, as_json, every)
-        _print(_ask(place, security), as_json)
+        _print(ask(place, security), as_json)
     except PeerUnavailable as error:
         if as_json:
             print(json.dumps({"running": False, "error": error.message, **place.last_known()}))
@@ -98,8 +100,13 @@ class Place:
         """Those of the run, where its folder is known."""
         return self._folder.read_job().security.certificates if self._folder is not None else None
 
-    def not_running(self, cause: PsError | None = None) -> PeerUnavailable:
-        """Nobody answers: say so, and what is known instead."""
+    def not_running(self, cause: PsError | None = None, silent_s: float = 0.0) -> PeerUnavailable:
+        """Nobody answers: say so, and what is known instead.
+
+        Args:
+            cause: what asking has come to.
+            silent_s: for so long the coordinator has been asked without an answer.
+        """
         if self._folder is None:
             if cause is not None and "Socket closed" in cause.message:
                 return PeerUnavailable(
@@ -111,14 +118,11 @@ class Place:
         if complete is not None:
             return PeerUnavailable(complete)
         known = self.last_known()
-        saved = known["checkpoints"]
-        checkpoints = f"{len(saved)} checkpoints, the newest {saved[-1]}" if saved else "no checkpoint"
-        checkpoints = checkpoints.replace("1 checkpoints, the newest", "one checkpoint,")
-        reached = f"step {known['version']} of {known['steps']}, {checkpoints}"
+        reached = f"step {known['version']} of {known['steps']}, {_checkpoints(self._folder)}"
         there = [process.pid for process in alive(self._folder) if process.role == "coordinator"]
-        if there and self._folder.is_held():
+        if there and silent_s > REFUSED_S and self._folder.is_held():
             return PeerUnavailable(
-                f"{self._folder.path}: its coordinator (process {there[0]}) has not answered for {ANSWER_S:.0f} s: it "
+                f"{self._folder.path}: its coordinator (process {there[0]}) has not answered for {silent_s:.1f} s: it "
                 f"is stopped or overloaded: {reached}"
             )
         if self._folder.is_held():
@@ -136,10 +140,9 @@ class Place:
         job = self._folder.read_job().model_copy(update={"run_dir": self._folder.path})
         progress = Progress(job.training.end)
         progress.restart(Tail(self._folder.metrics).poll()[1])
-        try:
+        saved: list[str] | None = None
+        with suppress(StorageError):
             saved = [folder.name for folder in layout.checkpoints(job.checkpoint_dir)]
-        except StorageError:
-            saved = []
         return {
             "run_dir": str(self._folder.path),
             "version": progress.version,
@@ -168,6 +171,18 @@ class Place:
         return f"{'finished' if complete else 'ended'}: {known['version']} of {known['steps']} steps{held_out}"
 
 
+def _checkpoints(folder: RunFolder) -> str:
+    """Which there are, or why nobody can tell."""
+    job = folder.read_job().model_copy(update={"run_dir": folder.path})
+    try:
+        saved = [checkpoint.name for checkpoint in layout.checkpoints(job.checkpoint_dir)]
+    except StorageError as error:
+        return error.message
+    if not saved:
+        return "no checkpoint"
+    return f"one checkpoint, {saved[0]}" if len(saved) == 1 else f"{len(saved)} checkpoints, the newest {saved[-1]}"
+
+
 def find_place(target: str | None) -> Place:
     """Find out what the command line means.
 
@@ -176,12 +191,13 @@ def find_place(target: str | None) -> Place:
     """
     if target is None:
         target = os.environ.get("WINDLASS_COORDINATOR") or str(_newest_run())
-    if (Path(target) / "config.json").exists():
-        return Place(None, RunFolder(Path(target)))
+    folder = RunFolder(Path(target))
+    if folder.holds_run():
+        return Place(None, folder)
     host, _, port = target.rpartition(":")
     if host and port.isascii() and port.isdigit() and 0 < int(port) <= 65_535:
         return Place(target, None)
-    raise ConfigError(f"{target} is neither a run folder (there is no {Path(target) / 'config.json'}) nor HOST:PORT")
+    raise ConfigError(f"{target} is neither a run folder (there is no {folder.config}) nor HOST:PORT")
 
 
 def _newest_run() -> Path:
@@ -193,20 +209,27 @@ def _newest_run() -> Path:
     return max(found, key=lambda config: config.stat().st_mtime).parent
 
 
-def _ask(place: Place, security: Security) -> Snapshot:
+def ask(place: Place, security: Security) -> Snapshot:
+    """Ask a coordinator what is going on.
+
+    Raises:
+        PeerUnavailable: it does not answer; says what is known instead.
+        HandshakeFailed, AccessDenied: somebody is there, and does not answer just anybody.
+    """
     address, pid = place.coordinator()
     quiet_grpc()
     # Here, because it takes long and only this command needs it.
     from ps.client.status import StatusClient
 
     with StatusClient(address, security) as client:
+        asked_at = time.monotonic()
         try:
             message = client.ask(ANSWER_S)
         except (HandshakeFailed, AccessDenied):
             # Somebody is there.
             raise
         except PsError as error:
-            raise place.not_running(error) from None
+            raise place.not_running(error, time.monotonic() - asked_at) from None
     if pid is not None and message.coordinator.pid != pid:
         # Another run has its port now.
         raise place.not_running()
@@ -228,7 +251,7 @@ def _watch(place: Place, security: Security, as_json: bool, every_s: float) -> i
     from workers.launch.view import plain_line, render
 
     screen = Screen(sys.stdout) if sys.stdout.isatty() and not as_json else None
-    _ask(place, security)
+    ask(place, security)
     watcher = Watcher(place.coordinator()[0], security, min(every_s, 0.5))
     if screen is not None:
         screen.open()
@@ -255,7 +278,7 @@ def _watch(place: Place, security: Security, as_json: bool, every_s: float) -> i
                 if words is not None:
                     break
             else:
-                raise place.not_running()
+                raise place.not_running(silent_s=watcher.silent_s)
     finally:
         if screen is not None:
             screen.close()

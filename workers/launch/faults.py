@@ -13,7 +13,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -25,6 +25,8 @@ from workers.launch.alive import Process
 #: System calls that Python has no name for; the same numbers on every architecture of Linux.
 _PIDFD_GETFD = 438
 _ESTABLISHED = "01"
+#: Sleeps so many seconds; it may raise, to end everything.
+Pause = Callable[[float], object]
 _SOCKET = re.compile(r"socket:\[(\d+)\]")
 
 
@@ -73,8 +75,12 @@ def choose(plan: Plan, processes: Sequence[Process]) -> Process:
     return those[int(plan.member * len(those))]
 
 
-def strike(plan: Plan, process: Process) -> bool:
+def strike(plan: Plan, process: Process, pause: Pause = time.sleep) -> bool:
     """Carry out a fault; False: the process was gone, or has no connection to cut.
+
+    Args:
+        plan, process: what is done, and to whom.
+        pause: sleeps so many seconds; whatever it raises, nobody stays stopped.
 
     Raises:
         ConfigError: this user, or the kernel, may not do that to it.
@@ -84,7 +90,7 @@ def strike(plan: Plan, process: Process) -> bool:
             os.kill(process.pid, signal.SIGKILL)
             return True
         if plan.kind is Kind.STOP:
-            return _stop(process.pid, plan.stop_s)
+            return _stop(process.pid, plan.stop_s, pause)
         return cut(process.pid, plan.member)
     except ProcessLookupError:
         return False
@@ -94,10 +100,10 @@ def strike(plan: Plan, process: Process) -> bool:
         ) from None
 
 
-def _stop(pid: int, seconds: float) -> bool:
+def _stop(pid: int, seconds: float, pause: Pause) -> bool:
     os.kill(pid, signal.SIGSTOP)
     try:
-        time.sleep(seconds)
+        pause(seconds)
     finally:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)

@@ -26,8 +26,7 @@ from typing import Any, TypeVar
 from ps.config import validate
 from ps.errors import CheckpointDamaged, CheckpointNotFound, ConfigError, PsError, StartupError
 from ps.storage.files import make_directory, reason, write_atomic
-from ps.storage.layout import checkpoints, newest
-from ps.storage.manifest import MANIFEST_NAME
+from ps.storage.layout import checkpoints, is_complete, newest
 from workers.config import JobConfig
 from workers.launch import guidance
 
@@ -68,7 +67,15 @@ class RunFolder:
         return self.logs / f"{name}.log"
 
     def holds_run(self) -> bool:
-        return self.config.exists()
+        """Whether there is a job in it.
+
+        Raises:
+            ConfigError: it cannot be looked into.
+        """
+        try:
+            return self.config.exists()
+        except OSError as error:
+            raise ConfigError(f"{self.config} cannot be read: {reason(error)}") from None
 
     def read_job(self) -> JobConfig:
         """Read the resolved job.
@@ -194,8 +201,9 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointNotFound: there is none.
         ConfigError: `path` is no run folder either.
+        StorageError: a folder cannot be read.
     """
-    if (path / MANIFEST_NAME).is_file():
+    if is_complete(path):
         return path
     job = RunFolder(path).read_job().model_copy(update={"run_dir": path})
     found = newest(job.checkpoint_dir)
@@ -217,7 +225,7 @@ def from_newest(path: Path, use: Callable[[Path], Used]) -> Used:
             return use(folder)
         except PsError as error:
             # Retention takes the manifest first. A newer one is complete by then, so this comes to an end.
-            if folder != path and not (folder / MANIFEST_NAME).exists():
+            if folder != path and not is_complete(folder):
                 continue
             before = [other for other in checkpoints(folder.parent) if folder != path and other < folder]
             if not isinstance(error, CheckpointDamaged) or not before:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import signal
 import socket
+import time
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -14,6 +15,14 @@ ASKS_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 def _wake(signum: int, frame: FrameType | None) -> None:
     """Exists so that the signal is delivered; its number arrives through the wake-up descriptor."""
+
+
+class AskedToStop(Exception):
+    """A signal asks the process to end."""
+
+    def __init__(self, signum: signal.Signals) -> None:
+        super().__init__(signum.name)
+        self.signum = signum
 
 
 class Signals:
@@ -50,6 +59,19 @@ class Signals:
         except BlockingIOError:
             return []
         return [signal.Signals(number) for number in received if number in ASKS_TO_STOP]
+
+    def pause(self, seconds: float) -> None:
+        """Sleep.
+
+        Raises:
+            AskedToStop: a signal came before the time was up, or earlier.
+        """
+        until = time.monotonic() + seconds
+        while True:
+            if asked := self.wait(max(until - time.monotonic(), 0.0)):
+                raise AskedToStop(asked[0])
+            if time.monotonic() >= until:
+                return
 
 
 class Requests(Signals):
