@@ -46,7 +46,10 @@ SERVER: list[tuple[str, Any]] = [
     ("grpc.so_reuseport", 0),
 ]
 
+#: To gRPC "the least time between two attempts" is how long one of them may take: several round trips to a host that is
+#: far away, and what its cores take to answer. One that is refused ends at once.
 _ATTEMPT = "grpc.min_reconnect_backoff_ms"
+CONNECT_S = 2.0
 
 CHANNEL: list[tuple[str, Any]] = [
     *_STREAM,
@@ -55,13 +58,13 @@ CHANNEL: list[tuple[str, Any]] = [
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 50),
-    (_ATTEMPT, 50),
+    (_ATTEMPT, int(1000 * CONNECT_S)),
     ("grpc.max_reconnect_backoff_ms", 200),
 ]
 
 
 def open_channel(
-    address: str, security: Security = PLAIN, role: Role = Role.COORDINATOR, connect_s: float | None = None
+    address: str, security: Security = PLAIN, role: Role = Role.COORDINATOR, connect_s: float = CONNECT_S
 ) -> grpc.Channel:
     """Open a channel of its own.
 
@@ -69,12 +72,9 @@ def open_channel(
         address: host:port.
         security: what to show, and whom to believe.
         role: who is meant to be there; with certificates nobody else will do.
-        connect_s: for so long somebody who listens may be silent; None: as long as between two attempts.
+        connect_s: for so long somebody who listens may be silent, in one attempt to connect.
     """
-    options = CHANNEL
-    if connect_s is not None:
-        # To gRPC "the least time between two attempts" is how long one may take; one that is refused ends at once.
-        options = [*(option for option in CHANNEL if option[0] != _ATTEMPT), (_ATTEMPT, int(1000 * connect_s))]
+    options = [*(option for option in CHANNEL if option[0] != _ATTEMPT), (_ATTEMPT, int(1000 * connect_s))]
     shown = security.certificates
     if shown is None:
         return grpc.insecure_channel(address, options=options)

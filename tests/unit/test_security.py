@@ -20,6 +20,7 @@ from ps.wire.security import PLAIN, ROLES, Security, load_security, refuse_expos
 from ps.wire.session import Session
 from ps.wire.status import error_of
 from tests.support.certificates import let_expire, make, shown_by
+from tests.support.far import far
 from workers.cli.main import main
 
 
@@ -224,6 +225,14 @@ def test_each_kind_of_method_is_for_its_roles_only(
     # Without TLS there are no roles.
     with serve(PLAIN) as address:
         assert call(address, PLAIN, method) == b"x"
+
+
+@pytest.mark.parametrize("secure", [True, False], ids=["tls", "plain"])
+def test_a_host_that_is_far_away_can_be_reached(serve: Serve, ours: Path, secure: bool) -> None:
+    """A connection takes several round trips, of 0.2 s each: none of them may be taken for a host that is not there."""
+    shard, coordinator = (shown_by(ours, role) if secure else PLAIN for role in ("shard", "coordinator"))
+    with serve(shard) as address, far(int(address.rpartition(":")[2]), one_way_s=0.1) as port:
+        assert call(f"127.0.0.1:{port}", coordinator, "Configure") == b"x"
 
 
 # -- What does not fit --------------------------------------------------------------------------
