@@ -165,6 +165,9 @@ def _read_segment(
         raise JournalDamaged(
             f"{path}, offset 0: {found.problem or 'nothing'} instead of the record of term {start.term}; {_WAY_OUT}"
         )
+    if start.offset and found.problem is not None and not found.records:
+        # A torn tail, or no place between two records: only who reads from the beginning can tell.
+        raise JournalDamaged(f"{path}, offset {start.offset}: {found.problem}; {_WAY_OUT}")
     end = start.offset + found.end
     if found.problem is not None and (not last or found.more):
         raise JournalDamaged(f"{path}, offset {end}: {found.problem}; {_WAY_OUT}")

@@ -445,18 +445,35 @@ def decision_only() -> bytes:
     return encode(decision(0), 3)
 
 
-def test_a_torn_tail_behind_a_summary_is_cut(tmp_path: Path) -> None:
+@pytest.mark.parametrize("behind", [1, 2])
+def test_a_torn_tail_behind_a_summary_is_cut(tmp_path: Path, behind: int) -> None:
     with Journal.open(tmp_path) as journal:
         journal.begin_term()
         journal.append(decision(0))
         journal.summarize(numbers)
-        journal.append(decision(1))
+        for number in range(behind):
+            journal.append(decision(1 + number))
     path = segment_path(tmp_path, 1)
     os.truncate(path, path.stat().st_size - 1)
     with Journal.open(tmp_path) as journal:
-        (only,) = journal.take_records()
-        assert only["of"] == {"steps": [0]}
-    assert path.stat().st_size == only["offset"]
+        assert numbers(journal.take_records()) == {"steps": list(range(behind))}
+    assert path.stat().st_size == sum(len(encode(record, n)) for n, record in enumerate(read(tmp_path)))
+
+
+def test_a_summary_of_another_journal_cuts_nothing(tmp_path: Path) -> None:
+    """An older copy of the segments was put back, and not of the summary; its place is within the last record."""
+    with Journal.open(tmp_path) as journal:
+        journal.begin_term()
+        journal.append({"type": "x", "of": "a" * 40})
+        journal.summarize(numbers)
+        end = segment_path(tmp_path, 1).stat().st_size
+    records = [{"type": "term", "term": 1}, {"type": "x", "of": "b" * 80}]
+    other = b"".join(encode(record, number) for number, record in enumerate(records))
+    assert len(other) > end
+    segment_path(tmp_path, 1).write_bytes(other)
+    with Journal.open(tmp_path) as journal:
+        assert journal.take_records() == records
+    assert segment_path(tmp_path, 1).read_bytes() == other
 
 
 def test_damage_behind_a_summary_names_file_and_offset(tmp_path: Path) -> None:
