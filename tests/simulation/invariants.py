@@ -162,6 +162,9 @@ class Watch:
             lasting = self._config.durability == "journal" and not self._config.cluster.standbys
             kept = self.disk_failed or self.overflowed or record["version"] >= self._next_step
             self.expect(not lasting or kept, lambda: f"version {record['version']} follows step {self._next_step - 1}")
+            if record["version"] > self._next_step:
+                # Power took decisions, and a checkpoint tells of them: of their steps nothing is recorded any more.
+                self.unrecorded |= set(range(record["version"])) - self._recorded
             self._next_step = self._reached = record["version"]
             self._in_sync.clear()
             self.rollbacks[record["epoch"]] = record["version"]

@@ -55,6 +55,15 @@ def state(pid: int) -> str:
 
 
 def test_a_pause_ends_when_a_signal_asks_for_it() -> None:
+    # Under nohup it is ignored, and stays so.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        _ask_during_a_pause()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def _ask_during_a_pause() -> None:
     with Signals() as signals:
         signals.pause(0.0)
         # No reason to stop.
