@@ -123,17 +123,14 @@ class CoordinatorApp:
         )
         self._summarizer = Summarizer(self._journal)
         self._health = Health(self._server, SERVICE)
-        enable_reflection(self._server, [pb.DESCRIPTOR.services_by_name["Coordinator"].full_name])
-        servicer = CoordinatorServicer(
-            self._loop,
-            self._machine,
-            self._sessions,
-            history.run,
-            job_json,
-            member_message(self._self),
-            self._timeline,
-        )
+        self._serve(history.run, job_json)
+
+    def _serve(self, run: str, job_json: str) -> None:
+        """Answer members and tools, once the server is started."""
+        myself = member_message(self._self)
+        servicer = CoordinatorServicer(self._loop, self._machine, self._sessions, run, job_json, myself, self._timeline)
         pb_grpc.add_CoordinatorServicer_to_server(servicer, self._server)
+        enable_reflection(self._server, [pb.DESCRIPTOR.services_by_name["Coordinator"].full_name])
 
     def _name_run(self, history: History) -> None:
         """The run's name and C are drawn once, and journaled."""

@@ -66,7 +66,7 @@ class Machine(Run):
         if role is Role.SHARD:
             role = self.members.seat(rank, member.incarnation, self.standbys.in_sync(rank), now)
         member = replace(member, role=role, rank=rank)
-        if not self.members.has_to_connect(member, now):
+        if not self.members.queue_up(member, now):
             self._seat(member, now)
         return rank
 

@@ -136,8 +136,8 @@ class Members:
         """Whether it is there, or has just registered and is about to connect."""
         return member.live or member.connected or (not member.met and now - member.last_seen <= self.lease_s)
 
-    def has_to_connect(self, member: MemberState, now: float) -> bool:
-        """Whether a life that registers gets its seat only once it is connected, since another one holds it.
+    def queue_up(self, member: MemberState, now: float) -> bool:
+        """Have a life that registers connect before it gets its seat, if somebody holds it; returns whether it has to.
 
         A registration alone may be the last word of a process that is dead, and late: it must not throw out the next
         life of that process, which has registered before it is heard.

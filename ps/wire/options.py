@@ -46,9 +46,9 @@ SERVER: list[tuple[str, Any]] = [
     ("grpc.so_reuseport", 0),
 ]
 
-#: To gRPC "the least time between two attempts" is how long one of them may take: several round trips to a host that is
-#: far away, and what its cores take to answer. One that is refused ends at once.
+#: To gRPC "the least time between two attempts" is how long one of them may take. One that is refused ends at once.
 _ATTEMPT = "grpc.min_reconnect_backoff_ms"
+#: Several round trips to a host that is far away, and what its cores take to answer.
 CONNECT_S = 2.0
 
 CHANNEL: list[tuple[str, Any]] = [
@@ -58,7 +58,6 @@ CHANNEL: list[tuple[str, Any]] = [
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 50),
-    (_ATTEMPT, int(1000 * CONNECT_S)),
     ("grpc.max_reconnect_backoff_ms", 200),
 ]
 
@@ -74,7 +73,7 @@ def open_channel(
         role: who is meant to be there; with certificates nobody else will do.
         connect_s: for so long somebody who listens may be silent, in one attempt to connect.
     """
-    options = [*(option for option in CHANNEL if option[0] != _ATTEMPT), (_ATTEMPT, int(1000 * connect_s))]
+    options = [*CHANNEL, (_ATTEMPT, int(1000 * connect_s))]
     shown = security.certificates
     if shown is None:
         return grpc.insecure_channel(address, options=options)
